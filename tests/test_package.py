@@ -157,14 +157,9 @@ def test_wheel_with_nothing_else_calls_tools(dists, tmp_path):
     check_install(exe)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('exe', other_pythons())
+@pytest.mark.parametrize('exe', list(other_pythons()))
 def test_sdist_on_other_pythons(dists, tmp_path, exe):
     exe = venv(tmp_path/'env', exe)
-    pip(exe, dists[0])
+    pip(exe, f'{dists[0]}[local]')
     check_install(exe)
-
-@pytest.mark.slow
-def test_extras_resolve(dists, tmp_path):
-    "pip finds versions of everything that the extras ask for, without installing them"
-    exe = venv(tmp_path/'env')
-    for extra in 'local', 'proxy', 'dev': pip(exe, '--dry-run', f'{dists[1]}[{extra}]')
+    assert python('import xllamacpp', exe).returncode == 0
