@@ -52,10 +52,12 @@ def copy(self:Usage)->Usage:
     "A snapshot"
     with _lock: return Usage(*_values(self))
 
-# %% ../nbs/01_usage.ipynb #a7f49281
+# %% ../nbs/01_usage.ipynb #e11911e9
+def _usd(x): return f'${x:.6f}' if 0<x<0.01 else f'${x:.4f}'
+
 @patch
 def __str__(self:Usage):
-    price = f'${self.cost:.4f}' if self.unpriced<self.calls or self.cost else 'price unknown'
+    price = _usd(self.cost) if self.unpriced<self.calls or self.cost else 'price unknown'
     if 0<self.unpriced<self.calls: price += f' and {self.unpriced:,} calls of unknown price'
     return (f"{self.calls:,} {'call' if self.calls==1 else 'calls'}, {self.prompt_tokens:,} prompt tokens ({self.cached_tokens:,} cached), "
         f"{self.completion_tokens:,} completion tokens ({self.reasoning_tokens:,} reasoning), {price}")
@@ -63,7 +65,7 @@ def __str__(self:Usage):
 @patch
 def _repr_markdown_(self:Usage):
     head = '| calls | prompt | cached | completion | reasoning | cost |\n|---|---|---|---|---|---|\n'
-    cost = '?' if self.calls and self.unpriced==self.calls else f'${self.cost:.4f}' + (f' + {self.unpriced} calls of unknown price' if self.unpriced else '')
+    cost = '?' if self.calls and self.unpriced==self.calls else _usd(self.cost) + (f' + {self.unpriced} calls of unknown price' if self.unpriced else '')
     return head + f'| {self.calls:,} | {self.prompt_tokens:,} | {self.cached_tokens:,} | {self.completion_tokens:,} | {self.reasoning_tokens:,} | {cost} |'
 
 # %% ../nbs/01_usage.ipynb #aee99d3b
