@@ -32,11 +32,11 @@ def blank_code(
     for o,c in ((_think, ' '), (_block, '░'), (_inline, '░')): text = re.sub(o, lambda m: re.sub(r'[^\n]', c, m[0]), text, flags=re.M|re.S)
     return text
 
-# %% ../nbs/06_core.ipynb #3ad08504
+# %% ../nbs/06_core.ipynb #01550205
 _pairs = {'(':')', '[':']', '{':'}'}
 _rest = re.compile(r'[ \t]*[*_]*[.;]?[*_]*[ \t\r]*$', re.M)
 _whole = re.compile(r'\s*("""|\'\'\'|"|\')((?:\\.|(?!\1).)*)\1\s*', re.S)
-_skip = r'(?<!\w)"[^"\n]*"(?!\w)|(?<!\w)\'[^\'\n]*\'(?!\w)|`[^`\n]+`|(?<!\S)[:;]-?[()](?=.*\S)|^[ \t]*\w{1,2}\)(?=[ \t]+\S)'
+_skip = r'(?<!\w)"[^"\n]*"(?!\w)|(?<!\w)\'[^\'\n]*\'(?!\w)|`[^`\n]+`|(?<!\S)[:;]-?[()](?=.*\S)|(?P<item>^[ \t]*\w{1,2}\))(?=[ \t]+\S)'
 
 def closing(
     text:str, # a message
@@ -49,7 +49,7 @@ def closing(
     for m in re.compile(f'{_skip}|[{re.escape(opener + _pairs[opener])}]', re.M).finditer(text, start):
         if zero and '\n' in text[zero:m.start()]: return -2
         if m[0]==opener: depth += 1
-        elif m[0]==_pairs[opener]:
+        elif m[0]==_pairs[opener] or m['item'] and depth>1:
             depth -= 1
             if _rest.match(text, m.end()) and (depth<0 if zero else depth==0): return m.start()
             if depth==0 and not zero: zero = m.start()
@@ -143,7 +143,7 @@ def run_call(
     else: text = _call_tool(tools[name], json.loads(call['function']['arguments']))
     return dict(role='tool', tool_call_id=call['id'], name=name, content=text)
 
-# %% ../nbs/06_core.ipynb #32af730e
+# %% ../nbs/06_core.ipynb #01756c73
 def _mend_call(c, used, n):
     "One call as history takes it, and what is wrong with its arguments"
     args, problem = read_args(c.function.arguments)
@@ -168,19 +168,20 @@ def assistant_turn(
 )->tuple: # the message to store, what is wrong with each of its calls
     "A model's turn, in a form that every provider takes back"
     calls = [_mend_call(c, used, n) for c in msg.tool_calls or []]
-    res = dict(role='assistant', content=msg.content or (None if calls else '(empty message)'))
+    said = msg.content if (msg.content or '').strip() else None
+    res = dict(role='assistant', content=said or (None if calls else '(empty message)'))
     if calls: res['tool_calls'] = [c for c,_ in calls]
     if blocks := getattr(msg, 'thinking_blocks', None): res['thinking_blocks'] = blocks
     return res, [p for _,p in calls]
 
-# %% ../nbs/06_core.ipynb #c5765027
+# %% ../nbs/06_core.ipynb #e4461441
 class ToolLoop:
     "The state of one run"
     def __init__(self, query, sp, tools, sh, patterns, **ask):
         store_attr('patterns,ask')
         self.repl = as_repl(sh)
         self.repl.final = None
-        self.tools = {f.__name__:f for f in (tools or [make_run_repl(sh)])}
+        self.tools = {f.__name__:f for f in (tools or [make_run_repl(self.repl)])}
         self.schemas = [tool_schema(f) for f in self.tools.values()]
         self.messages = [dict(role='system', content=f'{sp}\n\n{_described(self.repl)}'.strip()), dict(role='user', content=query)]
         self.usage, self.used, self.steps = Usage(), set(), 0
@@ -311,13 +312,13 @@ def advanced_toolloop(
         if verbose: show_item(item)
         yield item
 
-# %% ../nbs/06_core.ipynb #bed750e9
+# %% ../nbs/06_core.ipynb #baeff605
 def show_item(
     item, # what the loop yields
 ):
     "Print one item of a run"
     if not isinstance(item, dict): return _show_response(item)
-    if item['type' if 'type' in item else 'role']=='final': print(f"=== {item['stop_reason']} after {item['steps']} steps, {item['usage']}\n{item['answer']}")
+    if item.get('type')=='final': print(f"=== {item['stop_reason']} after {item['steps']} steps, {item['usage']}\n{item['answer']}")
     else: print('\n'.join(f'  | {l}' for l in item['content'].splitlines()))
 
 def _show_response(r):

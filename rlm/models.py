@@ -73,12 +73,12 @@ def _router(model, base_url, api_key, num_retries):
     to = dict(model=model, api_base=base_url, api_key=api_key, max_retries=0)
     return _litellm().Router([dict(model_name=model, litellm_params=to)], num_retries=num_retries, disable_cooldowns=True)
 
-# %% ../nbs/03_models.ipynb #bf6ec270
+# %% ../nbs/03_models.ipynb #8d88cef9
 def _cost(r, model):
     "US dollars of a response, or None"
     headers = (getattr(r, '_hidden_params', None) or {}).get('additional_headers') or {}
     if told := headers.get('llm_provider-x-litellm-response-cost'): return float(told)
-    try: return _litellm().completion_cost(r, model=model)
+    try: return _litellm().completion_cost(r, model=model) or None # its router lists unknown models at 0
     except Exception: return None # LiteLLM raises many types for "not in the list"
 
 # %% ../nbs/03_models.ipynb #62e74c2e
