@@ -1,6 +1,6 @@
 """Runs cells of model-written code. `rlm.repl` imports it for the in-process shell, and starts it as a script
 in the child of `process` and `jail`: one file for both, so it uses the standard library only and imports nothing of `rlm`."""
-import ast, base64, io, itertools, linecache, re, signal, sys, threading, time, warnings
+import ast, base64, bisect, io, itertools, json, linecache, mmap, os, re, select, signal, socket, struct, sys, threading, time, warnings
 from contextlib import contextmanager, suppress
 
 GIVEN_HIDDEN = 'input', 'exit', 'quit'
@@ -59,6 +59,29 @@ def show(v, keep=KEEP):
     return clip(repr(v), 2*keep)
 
 
+def row(cell, line, func, text):
+    "One place of a traceback"
+    where = (f'cell {cell}, ' if cell else '') + f'line {line}' + (f', in {func}' if func and func != '<module>' else '')
+    return f'  {where}: {clip(text.strip(), 200)}'
+
+
+def traceback_text(rows, message):
+    if len(rows) > 8: rows = rows[:4] + [f'  ... {len(rows)-8} more lines of this kind ...'] + rows[-4:]
+    return '\n'.join((['Traceback:'] if rows else []) + rows + [message])
+
+
+def kind_of(e): return 'TypeError' if isinstance(e, Refused) else type(e).__name__
+
+
+EXIT = 'SystemExit: the cell ended here; the REPL goes on. To end the run call FINAL(answer)'
+TOO_LONG = 'TimeoutError: the cell was stopped after {:g} s, the limit of a cell; work on less at a time'
+def listed(given, names, most=30):
+    "The names there are, `context` first"
+    names = sorted((k for k in given if k not in GIVEN_HIDDEN), key=lambda k: (k != 'context', k.startswith('FINAL'))) + list(names)
+    more = f', and {len(names)-most} more' if len(names) > most else ''
+    return f"names you have: {', '.join(names[:most])}{more}"
+
+
 # Running one cell ----------------------------------------------------------------------------------------------------
 class _Stops(ast.NodeTransformer):
     "Puts `except CellStop: raise` before the handlers of each `try`, so that no cell swallows its own stop"
@@ -96,7 +119,7 @@ class Session:
     "A namespace in which cells run one after the other: what they leave, what they were given, where they failed"
     def __init__(self, ns=None):
         self.ns, self.id, self.n, self.src, self.given, self.final = {} if ns is None else ns, next(_ids), 0, {}, {}, None
-        self.live, self.lock, self.transform = False, threading.Lock(), None
+        self.live, self.busy, self.alone, self.lock, self.transform, self.ballast = False, False, False, threading.Lock(), None, None
         self.ns.setdefault('__name__', '__main__')
         self.ns.setdefault('__builtins__', __builtins__)
         self.ns['__cell_stop__'] = CellStop
@@ -123,10 +146,7 @@ class Session:
         "The names that the cells made"
         return [k for k in list(self.ns) if isinstance(k, str) and k not in self.given and k not in self.hidden and not k.startswith('_')]
 
-    def listed(self, most=30):
-        names = [k for k in self.given if k not in GIVEN_HIDDEN] + self.names()
-        more = f', and {len(names)-most} more' if len(names) > most else ''
-        return f"names you have: {', '.join(names[:most])}{more}"
+    def listed(self): return listed(self.given, self.names())
 
     def restore(self):
         "Put the given names back; returns those that a cell had changed"
@@ -175,19 +195,16 @@ class Session:
         own = [(tb.tb_frame.f_code, n) for tb, n in _frames(e.__traceback__) if tb.tb_frame.f_code.co_filename in self.src]
         rows = [self._row(c.co_filename, n, c.co_name) for c, n in own]
         if isinstance(e, SyntaxError) and e.filename in self.src: rows.append(self._row(e.filename, e.lineno or 1, '<module>', e.text))
-        if len(rows) > 8: rows = rows[:4] + [f'  ... {len(rows)-8} more lines of this kind ...'] + rows[-4:]
-        return '\n'.join((['Traceback:'] if rows else []) + rows + [self._message(e, limit)])
+        return traceback_text(rows, self._message(e, limit))
 
     def _row(self, name, line, func, text=None):
         lines, n = self.src[name], int(name[:-1].rpartition('.')[2])
-        text = (lines[line-1] if 0 < line <= len(lines) else text or '').strip()
-        where = (f'cell {n}, ' if n != self.n else '') + f'line {line}' + (f', in {func}' if func != '<module>' else '')
-        return f'  {where}: {clip(text, 200)}'
+        return row(n if n != self.n else None, line, func, lines[line-1] if 0 < line <= len(lines) else text or '')
 
     def _message(self, e, limit):
-        if isinstance(e, CellStop): return f'TimeoutError: the cell was stopped after {limit:g} s, the limit of a cell; work on less at a time'
-        if isinstance(e, SystemExit): return 'SystemExit: the cell ended here; the REPL goes on. To end the run call FINAL(answer)'
-        kind = type(e).__name__
+        if isinstance(e, CellStop): return TOO_LONG.format(limit)
+        if isinstance(e, SystemExit): return EXIT
+        kind = kind_of(e)
         if isinstance(e, SyntaxError): return f'{kind}: {e.msg}'
         try: msg = str(e)
         except Exception as err: msg = f'(its message could not be shown: {type(err).__name__})'
@@ -274,7 +291,7 @@ def alarm(seconds, session):
         yield
         return
     def ring(sig, frame):
-        if session.live: raise CellStop
+        if session.live and not session.busy: raise CellStop
     old, t0 = signal.signal(signal.SIGALRM, ring), time.monotonic()
     left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 0.02)
     if left and left < seconds: signal.setitimer(signal.ITIMER_REAL, left, 0.02)
@@ -292,9 +309,10 @@ def attempt(session, f, limit=None):
             session.live = True
             return f(), None
         finally: rest(session)
-    except KeyboardInterrupt: raise
     except BaseException as e:
         rest(session)
+        if isinstance(e, KeyboardInterrupt) and not session.alone: raise
+        if isinstance(e, MemoryError): session.ballast = None
         return None, session.failed(e, limit)
 
 
@@ -325,3 +343,532 @@ def finish(session, out, value, error, seconds):
     "The parts of a result, after the given names are back"
     text, cut = out.text.done() if out else ('', 0)
     return dict(stdout=plain(text), cut=cut, value=value, error=error, seconds=seconds, final=session.final, changed=session.restore())
+
+
+# Values over the wire: JSON with tags, read without running anything -------------------------------------------------
+class Refused(TypeError): "A value that cannot cross between two processes"
+
+
+def enc(v):
+    "`v` as JSON data; what JSON lacks is a dict with a tag"
+    t = type(v)
+    if v is None or t in (bool, str, float): return v
+    if t is int: return v if -2**63 <= v < 2**63 else {'~':'int', 'v':hex(v)}
+    if t is list: return [enc(o) for o in v]
+    if name := NAMED.get(t): return {'~':name, 'v':PACK[name](v)}
+    for base in (bool, int, float, str, bytes, dict, list, tuple, set, frozenset):
+        if isinstance(v, base): return enc(base(v))
+    if t.__module__ == 'numpy' and getattr(v, 'shape', None) == (): return enc(v.item())
+    raise Refused(f'a value of type {t.__name__} stays in its REPL; only text, bytes, numbers, dates, lists, tuples, sets and dicts of them can leave it')
+
+
+def _dates():
+    import datetime as dt
+    from decimal import Decimal
+    return dict(date=dt.date, datetime=dt.datetime, time=dt.time, timedelta=dt.timedelta, decimal=Decimal)
+
+
+def _seq(v): return [enc(o) for o in v]
+PACK = dict(bytes=lambda v: base64.b64encode(v).decode(), bytearray=lambda v: base64.b64encode(v).decode(), tuple=_seq, set=_seq, frozenset=_seq,
+    dict=lambda v: [[enc(a), enc(b)] for a, b in v.items()], complex=lambda v: [v.real, v.imag], range=lambda v: [enc(v.start), enc(v.stop), enc(v.step)],
+    date=lambda v: v.isoformat(), time=lambda v: v.isoformat(), datetime=lambda v: v.isoformat(),
+    timedelta=lambda v: [v.days, v.seconds, v.microseconds], decimal=str)
+NAMED = dict(bytes=bytes, bytearray=bytearray, tuple=tuple, set=set, frozenset=frozenset, dict=dict, complex=complex, range=range)
+NAMED = {t:k for k, t in (NAMED | _dates()).items()}
+
+
+def dec(o):
+    "The value of what `enc` gave; raises `ValueError` for anything else"
+    if isinstance(o, list): return [dec(x) for x in o]
+    if not isinstance(o, dict): return o
+    try: return UNPACK[o['~']](o['v'])
+    except (KeyError, TypeError, ArithmeticError) as e: raise ValueError('not a value of this protocol') from e
+
+
+def _unpack():
+    d = _dates()
+    return dict(int=lambda v: int(v, 16), bytes=lambda v: base64.b64decode(v), bytearray=lambda v: bytearray(base64.b64decode(v)),
+        tuple=lambda v: tuple(map(dec, v)), set=lambda v: set(map(dec, v)), frozenset=lambda v: frozenset(map(dec, v)),
+        dict=lambda v: {dec(a):dec(b) for a, b in v}, complex=lambda v: complex(*v), range=lambda v: range(*map(dec, v)),
+        date=d['date'].fromisoformat, time=d['time'].fromisoformat, datetime=d['datetime'].fromisoformat,
+        timedelta=lambda v: d['timedelta'](*v), decimal=d['decimal'])
+UNPACK = _unpack()
+
+
+MAX_FRAME = 256 << 20  # bytes of one message
+class Wire:
+    "JSON messages over a socket, each after its length"
+    def __init__(self, sock, most=MAX_FRAME): self.sock, self.most, self.buf, self.sending = sock, most, bytearray(), threading.Lock()
+
+    def send(self, **msg):
+        try: data = json.dumps(msg).encode()
+        except RecursionError: raise Refused('a value nested this deep stays in its REPL') from None
+        if len(data) > self.most: raise Refused(f'a value of {len(data):,} bytes is too large to send; the limit is {self.most:,}')
+        with self.sending: self.sock.sendall(struct.pack('>I', len(data)) + data)
+
+    def fill(self):
+        "Read what is there; `EOFError` at the end"
+        part = self.sock.recv(1 << 20)
+        if not part: raise EOFError
+        self.buf += part
+
+    def messages(self):
+        "The messages that are complete"
+        while len(self.buf) >= 4:
+            n = struct.unpack_from('>I', self.buf)[0]
+            if n > self.most: raise ValueError('a message larger than the limit')
+            if len(self.buf) < 4 + n: return
+            data = bytes(self.buf[4:4+n])
+            del self.buf[:4+n]
+            if not isinstance(m := json.loads(data), dict): raise ValueError('not a message')
+            yield m
+
+
+# A text that is a file -----------------------------------------------------------------------------------------------
+class MappedText:
+    "A UTF-8 file as text that is searched and sliced where it lies; positions count characters"
+    BLOCK = 1 << 20
+    def __init__(self, path):
+        self.path, self._marks = str(path), None
+        with open(path, 'rb') as f:
+            size = os.fstat(f.fileno()).st_size
+            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if size else b''
+        self.bytes = size
+
+    def marks(self):
+        "Characters before each block, and the total"
+        if self._marks is None:
+            inner, n, self._marks = bytes(range(0x80, 0xc0)), 0, [0]
+            for i in range(0, self.bytes, self.BLOCK):
+                n += len(self._map[i:i+self.BLOCK].translate(None, inner))
+                self._marks.append(n)
+        return self._marks
+
+    def __len__(self): return self.marks()[-1]
+    def __repr__(self): return f'<text of {len(self):,} characters in a file; slice it, or use find, count, lines, search, finditer>'
+    def __str__(self): return self[:]
+    def __iter__(self): return (c for part in self.blocks() for c in part)
+    def __contains__(self, sub): return self._map.find(sub.encode()) >= 0 if self.bytes else not sub
+
+    def _byte(self, i):
+        "Byte position of character `i`"
+        marks = self.marks()
+        if i >= marks[-1]: return self.bytes
+        b = bisect.bisect_right(marks, i) - 1
+        pos, left = b*self.BLOCK, i - marks[b]
+        part = self._map[pos:pos+self.BLOCK]
+        skip = next((k for k, x in enumerate(part[:4]) if x & 0xc0 != 0x80), len(part))
+        if marks[b+1] - marks[b] == len(part): return pos + left
+        return pos + skip + len(part[skip:].decode('utf-8', 'ignore')[:left].encode())
+
+    def _char(self, pos):
+        "Character position of byte `pos`"
+        b = pos // self.BLOCK
+        return self.marks()[b] + len(self._map[b*self.BLOCK:pos].translate(None, bytes(range(0x80, 0xc0))))
+
+    def __getitem__(self, k):
+        if not isinstance(k, slice):
+            n = len(self)
+            if not -n <= k < n: raise IndexError('string index out of range')
+            k = k % n
+            return self._text(k, k+1)
+        i, j, step = k.indices(len(self))
+        if step == 1: return self._text(i, j)
+        return (self._text(i, j) if step > 0 else self._text(j+1, i+1)[::-1])[::abs(step)]
+
+    def _text(self, i, j): return self._map[self._byte(i):self._byte(j)].decode('utf-8', 'replace') if j > i else ''
+
+    def _span(self, start, end):
+        i, j, _ = slice(start, end).indices(len(self))
+        return self._byte(i), self._byte(j)
+
+    def find(self, sub, start=None, end=None):
+        k = self._map.find(sub.encode(), *self._span(start, end))
+        return k if k < 0 else self._char(k)
+
+    def rfind(self, sub, start=None, end=None):
+        k = self._map.rfind(sub.encode(), *self._span(start, end))
+        return k if k < 0 else self._char(k)
+
+    def index(self, sub, start=None, end=None):
+        if (k := self.find(sub, start, end)) < 0: raise ValueError('substring not found')
+        return k
+
+    def count(self, sub):
+        "Occurrences that do not overlap"
+        n, pos, sub = 0, 0, sub.encode()
+        if not sub: return len(self) + 1
+        while (pos := self._map.find(sub, pos)) >= 0: n, pos = n+1, pos+len(sub)
+        return n
+
+    def startswith(self, sub): return self._map[:len(sub.encode())] == sub.encode()
+    def endswith(self, sub): return self[max(len(self)-len(sub), 0):] == sub
+
+    def blocks(self, size=4 << 20):
+        "The text in parts of about `size` bytes that end at line ends"
+        pos = 0
+        while pos < self.bytes:
+            end = min(pos+size, self.bytes)
+            if end < self.bytes: end = self._map.find(b'\n', end-1) + 1 or self.bytes
+            yield self._map[pos:end].decode('utf-8', 'replace')
+            pos = end
+
+    def lines(self): return (o for part in self.blocks() for o in part.splitlines())
+    def splitlines(self): return list(self.lines())
+
+    def finditer(self, pattern, flags=0):
+        "(position, match) of each match; a match may not cross a part of `blocks`"
+        pat, base = re.compile(pattern, flags), 0
+        for part in self.blocks():
+            for m in pat.finditer(part): yield base + m.start(), m
+            base += len(part)
+
+    def search(self, pattern, flags=0): return next(self.finditer(pattern, flags), None)
+    def findall(self, pattern, flags=0): return [o for part in self.blocks() for o in re.findall(pattern, part, flags)]
+
+
+# A context in a file that both sides hold ----------------------------------------------------------------------------
+CHUNK = 16 << 20
+def write_context(v, f):
+    "Write a context into an open file; returns how to read it back. Parts of a text lie in reverse order, so that the reader can cut each off"
+    if isinstance(v, str):
+        ends = []
+        for i in reversed(range(0, len(v), CHUNK)):
+            f.write(v[i:i+CHUNK].encode('utf-8', 'surrogatepass'))
+            ends.append(f.tell())
+        return dict(kind='str', ends=ends)
+    if isinstance(v, bytes):
+        f.write(v)
+        return dict(kind='bytes', size=len(v))
+    import pickle
+    pickle.dump(v, f, 5)
+    return dict(kind='pickle')
+
+
+def read_context(how, fd):
+    "The context from the parent's file, which shrinks while it is read"
+    with open(fd, 'r+b', buffering=0) as f:
+        if how['kind'] == 'str': return _read_str(f, how['ends'])
+        if how['kind'] == 'bytes': return _read_bytes(f, how['size'])
+        import pickle
+        f.seek(0)
+        return pickle.load(io.BufferedReader(f, 1 << 20))
+
+
+def _read_str(f, ends):
+    s = ''
+    for start, end in reversed(list(zip([0]+ends, ends))):
+        s += _pread(f, start, end-start).decode('utf-8', 'surrogatepass')
+        f.truncate(start)
+    return s
+
+
+def _pread(f, start, n):
+    f.seek(start)
+    parts = []
+    while n > 0 and (part := f.read(n)):
+        parts.append(part)
+        n -= len(part)
+    return parts[0] if len(parts) == 1 else b''.join(parts)
+
+
+def _read_bytes(f, size):
+    import ctypes
+    new = ctypes.pythonapi.PyBytes_FromStringAndSize
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_char_p, ctypes.c_ssize_t]
+    if size < CHUNK: return _pread(f, 0, size)
+    res = new(None, size)
+    view = memoryview((ctypes.c_char*size).from_address(id(res) + bytes.__basicsize__ - 1)).cast('B')
+    for start in reversed(range(0, size, CHUNK)):
+        view[start:start+CHUNK] = _pread(f, start, min(CHUNK, size-start))
+        f.truncate(start)
+    return res
+
+
+# The child: cells ----------------------------------------------------------------------------------------------------
+class Child:
+    "Serves the parent over a socket: runs cells, and asks it for the host functions"
+    def __init__(self, sock, setup):
+        self.wire, self.session = Wire(sock), Session(vars(_fresh_main()))
+        self.cond, self.reading, self.inbox, self.answers, self.waiting, self.ids = threading.Condition(), False, [], {}, set(), itertools.count()
+        self.session.alone, self.out, self.pid = True, os.dup(1), os.getpid()
+        self.session.give(**{o:self._host(o) for o in setup['funcs']})
+
+    def _host(self, name):
+        def call(*args, **kwargs): return self.call(name, args, kwargs)
+        call.__name__ = call.__qualname__ = name
+        call.__doc__ = 'A function of the host'
+        return call
+
+    @contextmanager
+    def quiet(self, on=True):
+        "Whether the alarm leaves the main thread alone, as it must while messages are handled"
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old, self.session.busy = self.session.busy, on
+        try: yield
+        finally: self.session.busy = old
+
+    def wait(self, take):
+        "What `take` finds among the messages; one thread reads for all"
+        while True:
+            with self.cond:
+                if (found := take()) is not None: return found
+                if self.reading:
+                    with self.quiet(False): self.cond.wait(0.2)
+                    continue
+                self.reading = True
+            try: self.read()
+            finally:
+                with self.cond:
+                    self.reading = False
+                    self.cond.notify_all()
+
+    def read(self):
+        with self.quiet(False): select.select([self.wire.sock], [], [])
+        self.wire.fill()
+        for m in self.wire.messages():
+            if m['do'] != 'answer': self.inbox.append(m)
+            elif m['id'] in self.waiting: self.answers[m['id']] = m
+
+    def call(self, name, args, kwargs):
+        "Ask the parent; any thread may, but no process that a cell forked"
+        if os.getpid() != self.pid: raise RuntimeError(f'{name} works in the process of the REPL only, not in one forked from it')
+        args, kwargs, n = enc(list(args)), [[k, enc(v)] for k, v in kwargs.items()], next(self.ids)
+        with self.quiet():
+            self.waiting.add(n)
+            try:
+                self.wire.send(**{'is':'call'}, id=n, name=name, args=args, kwargs=kwargs)
+                m = self.wait(lambda: self.answers.pop(n, None))
+            finally: self.waiting.discard(n)
+        if 'error' not in m: return dec(m['value'])
+        raise exception(m['error'], m['message'])
+
+    def serve(self):
+        while True:
+            m = self.wait(lambda: self.inbox.pop(0) if self.inbox else None)
+            try: reply = getattr(self, f"do_{m['do']}")(m)
+            except Exception as e: reply = {'is':'failed', 'error':kind_of(e), 'message':plain(str(e))[:2000]}
+            try: self.wire.send(**reply)
+            except Refused as e: self.wire.send(**{'is':'failed'}, error='TypeError', message=str(e))
+
+    def do_run(self, m):
+        self.session.ballast = bytearray(BALLAST)
+        parts = run_cell(self.session, m['code'], m['limit'], self.stdout)
+        if os.getpid() != self.pid: os._exit(0)
+        if parts['final']: parts['final'] = _leaving(parts['final'])
+        return {'is':'done', 'parts':parts, 'names':self.session.names()[-1000:], 'full':self.session.ballast is None and _full()}
+
+    @contextmanager
+    def stdout(self):
+        "File descriptors 1 and 2 and the streams over them, put right before and after a cell"
+        self.streams()
+        try: yield
+        finally:
+            with suppress(Exception): sys.stdout.flush()
+            with suppress(Exception): self.stream.flush()
+            self.streams()
+
+    def streams(self):
+        for fd in 1, 2: os.dup2(self.out, fd)
+        self.stream = sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = io.TextIOWrapper(open(1, 'wb', closefd=False), 'utf-8', 'backslashreplace', line_buffering=True)
+
+    def do_get(self, m):
+        name = m['name']
+        if name not in self.session.ns: raise KeyError(f'no variable {name!r} ({self.session.listed()})')
+        return {'is':'value', 'value':enc(self.session.ns[name])}
+
+    def do_put(self, m):
+        name, value = m['name'], dec(m['value'])
+        if name in self.session.given: self.session.give(**{name:value})
+        else: self.session.ns[name] = value
+        return {'is':'value', 'value':None, 'names':self.session.names()[-1000:]}
+
+
+BALLAST = 16 << 20  # bytes set aside so that a cell which took all memory can be answered
+def _full():
+    try: return not bytearray(2*BALLAST)
+    except MemoryError: return True
+
+
+def _leaving(final):
+    try: return dict(final, value=enc(final['value']))
+    except Exception: return dict(final, value=clip(str(final['value']), KEEP))
+
+
+def exception(kind, message):
+    "The built-in exception of this name, or a `RuntimeError` that names it"
+    import builtins
+    cls = getattr(builtins, kind, None)
+    if isinstance(cls, type) and issubclass(cls, Exception):
+        with suppress(TypeError): return cls(message)
+    return RuntimeError(f'{kind}: {message}')
+
+
+def _fresh_main():
+    import types
+    m = sys.modules['__main__'] = types.ModuleType('__main__')
+    return m
+
+
+# The child: limits ---------------------------------------------------------------------------------------------------
+def _prctl(*args):
+    import ctypes
+    args = [ctypes.c_ulong(o) if isinstance(o, int) else o for o in args]
+    return ctypes.CDLL(None, use_errno=True).prctl(*args)
+
+
+def die_with_parent():
+    if sys.platform == 'linux': _prctl(1, signal.SIGKILL)
+
+
+SYSCALLS = dict(  # number: x86_64, aarch64
+    x86_64=(0xc000003e, dict(clone=56, fork=57, vfork=58, clone3=435, socket=41), (29, 101, 155, 161, 165, 166, 169, 175, 246, 248, 249, 250, 272, 298, 304, 308, 310, 311, 313, 319, 320, 321, 323, 425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)),
+    aarch64=(0xc00000b7, dict(clone=220, clone3=435, socket=198), (39, 40, 41, 51, 97, 104, 105, 106, 117, 142, 194, 217, 218, 219, 241, 265, 268, 270, 271, 273, 279, 280, 282, 294, 425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)))
+
+
+def filter_syscalls(children, network, dangerous):
+    "A seccomp filter for this process and all that it starts; `OSError` where the kernel has none"
+    import ctypes
+    if (machine := os.uname().machine) not in SYSCALLS: raise OSError(f'no table of system calls for {machine}, so none can be filtered')
+    arch, nr, bad = SYSCALLS[machine]
+    load, jeq, jge, jset, ret = (lambda k: (0x20, 0, 0, k)), 0x15, 0x35, 0x45, (lambda k: (0x06, 0, 0, k))
+    deny, allow = ret(0x00050000 | 1), ret(0x7fff0000)
+    prog = [load(4), (jeq, 1, 0, arch), deny, load(0), (jge, 0, 1, 0x40000000), deny]
+    for n in bad if dangerous else (): prog += [(jeq, 0, 1, n), deny]
+    if not children:
+        for k in ('fork', 'vfork'):
+            if k in nr: prog += [(jeq, 0, 1, nr[k]), deny]
+        prog += [(jeq, 0, 1, nr['clone3']), ret(0x00050000 | 38), (jeq, 0, 4, nr['clone']), load(16), (jset, 0, 1, 0x00010000), allow, deny]
+    if not network: prog += [(jeq, 0, 4, nr['socket']), load(16), (jeq, 0, 1, 1), allow, deny]
+    prog.append(allow)
+    code = b''.join(struct.pack('=HBBI', *o) for o in prog)
+    buf = ctypes.create_string_buffer(code, len(code))
+    fprog = ctypes.create_string_buffer(struct.pack('@HP', len(prog), ctypes.addressof(buf)))
+    if _prctl(38, 1, 0, 0, 0) or _prctl(22, 2, ctypes.byref(fprog)): raise OSError(ctypes.get_errno(), 'no seccomp filter on this kernel')
+
+
+def set_limits(setup):
+    import resource as r
+    def limit(which, n):
+        hard = r.getrlimit(which)[1]
+        n = n if hard == r.RLIM_INFINITY else min(n, hard)
+        r.setrlimit(which, (n, n))
+    limit(r.RLIMIT_CORE, 0)
+    if setup['files']: limit(r.RLIMIT_NOFILE, setup['files'])
+    if setup['file_size']: limit(r.RLIMIT_FSIZE, setup['file_size'])
+    if setup['memory']: limit(r.RLIMIT_AS, _vm_size() + setup['memory'])
+    if setup['children']: limit(r.RLIMIT_NPROC, setup['children'] + _user_tasks())
+
+
+def _vm_size():
+    with open('/proc/self/statm') as f: return int(f.read().split()[0]) * mmap.PAGESIZE
+
+
+def _user_tasks():
+    "Tasks of this user; that is how the kernel counts"
+    n, me = 0, os.getuid()
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        with suppress(OSError):
+            if os.stat(f'/proc/{pid}').st_uid == me: n += len(os.listdir(f'/proc/{pid}/task'))
+    return n
+
+
+def serve(fd):
+    "Take the context and the limits from the parent, then run cells until it goes"
+    sock = socket.socket(fileno=fd)
+    child = Child(sock, setup := _first(sock))
+    try:
+        if setup['children'] == 0 or setup['jail']: filter_syscalls(setup['children'] != 0, not setup['jail'], setup['jail'])
+        if setup['context']: child.session.give(context=_context(setup['context'], setup['context_fd']))
+        with suppress(OSError): os.close(setup['context_fd'])
+        set_limits(setup)
+    except Exception as e:
+        child.wire.send(**{'is':'failed'}, error=type(e).__name__, message=plain(str(e))[:2000])
+        return
+    child.wire.send(**{'is':'ready'})
+    with suppress(EOFError, OSError, ValueError): child.serve()
+
+
+def _context(how, fd): return MappedText(how['path']) if how['kind'] == 'path' else read_context(how, fd)
+
+
+def _first(sock):
+    wire = Wire(sock)
+    while True:
+        wire.fill()
+        for m in wire.messages(): return m
+
+
+# The guard: the child's parent, which outlives nobody ----------------------------------------------------------------
+def guard(life, fd, command):
+    "Start the child, by fork or as a command, and end it and all that it started when the host's process goes or closes `life`"
+    host = os.getppid()
+    if sys.platform == 'linux': _prctl(36, 1)
+    pid = os.fork()
+    if not pid: _begin(life, fd, command)
+    null = os.open(os.devnull, os.O_RDWR)
+    for o in 0, 1, 2: os.dup2(null, o)
+    os.closerange(3, life)
+    os.closerange(life+1, 4096)
+    ended = [os.pidfd_open(pid)] if hasattr(os, 'pidfd_open') else []
+    status = None
+    while status is None and os.getppid() == host and not select.select([life], [], [], 0)[0]:
+        select.select([life] + ended, [], [], 1 if ended else 0.05)
+        got, st = os.waitpid(pid, os.WNOHANG)
+        if got: status = st
+    end_children(pid)
+    os._exit(0 if status is None else 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+
+def tend(command):
+    "Run a command with this process's streams, and end it when the host's process goes"
+    host = os.getppid()
+    pid = os.fork()
+    if not pid:
+        die_with_parent()
+        os.execv(command[0], command)
+    null = os.open(os.devnull, os.O_RDWR)
+    for o in 0, 1, 2: os.dup2(null, o)
+    ended, got = [os.pidfd_open(pid)] if hasattr(os, 'pidfd_open') else [], 0
+    while not got and os.getppid() == host:
+        select.select(ended, [], [], 1 if ended else 0.05)
+        got, status = os.waitpid(pid, os.WNOHANG)
+    if not got: os.kill(pid, signal.SIGKILL)
+    os._exit(0)
+
+
+def _begin(life, fd, command):
+    "In the child"
+    die_with_parent()
+    os.setsid()
+    os.close(life)
+    if command: os.execv(command[0], command)
+    try: serve(fd)
+    finally: os._exit(0)
+
+
+def end_children(pid):
+    "Kill and reap every process below this one; those that lose their parent become its children"
+    while True:
+        for k in _children(pid):
+            with suppress(ProcessLookupError): os.kill(k, signal.SIGKILL)
+        try: os.waitpid(-1, 0)
+        except ChildProcessError: return
+
+
+def _children(pid):
+    try:
+        with open(f'/proc/self/task/{os.getpid()}/children') as f: return [int(o) for o in f.read().split()]
+    except FileNotFoundError: return [pid]
+
+
+def main(args):
+    sys.path[:] = [o for o in sys.path if o != os.path.dirname(os.path.abspath(__file__))]
+    if args[0] == 'guard': guard(int(args[1]), int(args[2]), args[3:])
+    if args[0] == 'tend': tend(args[1:])
+    if args[0] == 'serve': serve(int(args[1]))
+
+
+if __name__ == '__main__': main(sys.argv[1:])
