@@ -210,32 +210,40 @@ def run_calls(self:ToolLoop, msg, problems):
         self.messages.append(res)
         yield dict(res)
 
-# %% ../nbs/06_core.ipynb #062c6c63
+# %% ../nbs/06_core.ipynb #86a7d15f
 @dataclass
 class Ending:
     "How a run ended"
+    text:str # the answer
     value:object # what the model gave
     reason:str # 'final', 'final_var' or 'fallback'
 
 @patch
-def ending(self:ToolLoop, text):
-    "An `Ending` or None, and what to tell the model or None"
-    if f := self.repl.final: return Ending(f.value, 'final_var' if f.name else 'final'), None
-    if d := find_final(text, self.patterns): return self.resolve(d)
-    if d := next(iter(directives(text or '', self.patterns)), None): return None, UNCLOSED_PROMPT.format(name='FINAL' if d.kind=='final' else 'FINAL_VAR')
-    return None, None
+def accept(self:ToolLoop, value, name=None):
+    "An `Ending`, or what is wrong with the value"
+    try: text = value if isinstance(value, str) else str(value)
+    except Exception as e: return None, BAD_VAR_PROMPT.format(name=name or 'given to FINAL', why=f'str() of it raises {type(e).__name__}')
+    if no_answer(value) or no_answer(text): return None, EMPTY_VAR_PROMPT.format(name=name or 'given to FINAL', value=repr(value))
+    return Ending(text, value, 'final_var' if name else 'final'), None
 
 @patch
 def resolve(self:ToolLoop, d):
     "The answer that a directive names, or what is wrong with it"
-    if d.kind=='final': return Ending(d.arg, 'final'), None
-    names = self.repl.names()
-    try: value = self.repl.get(d.arg)
-    except (KeyError, NameError): return None, NO_VAR_PROMPT.format(name=d.arg, names=', '.join(names) or '(none yet)')
-    if no_answer(value): return None, EMPTY_VAR_PROMPT.format(name=d.arg, value=repr(value))
-    return Ending(value, 'final_var'), None
+    if d.kind=='final': return self.accept(d.arg)
+    try: return self.accept(self.repl.get(d.arg), d.arg)
+    except (KeyError, NameError): return None, NO_VAR_PROMPT.format(name=d.arg, names=', '.join(self.repl.names()) or '(none yet)')
+    except (TypeError, RLMError) as e: return None, BAD_VAR_PROMPT.format(name=d.arg, why=e)
 
-# %% ../nbs/06_core.ipynb #9ca36e5a
+@patch
+def ending(self:ToolLoop, text):
+    "An `Ending` or None, and what to tell the model or None"
+    f, self.repl.final = self.repl.final, None
+    if f: return self.accept(f.value, f.name)
+    if d := find_final(text, self.patterns): return self.resolve(d)
+    if ds := directives(text or '', self.patterns): return None, UNCLOSED_PROMPT.format(name='FINAL' if ds[0].kind=='final' else 'FINAL_VAR')
+    return None, None
+
+# %% ../nbs/06_core.ipynb #4b7decca
 @patch
 def ask_last(self:ToolLoop):
     "A turn without tools"
@@ -250,11 +258,11 @@ def ask_last(self:ToolLoop):
 def last_words(self:ToolLoop, text):
     "The answer in a message that may or may not be an ending, and what is wrong with it"
     if d := find_final(text, self.patterns): return self.resolve(d)
-    if ds := directives(text, self.patterns): return Ending(ds[-1].arg, 'final'), None
+    if ds := directives(text, self.patterns): text = ds[-1].arg
     text = re.sub(_think, '', text, flags=re.M|re.S).strip()
-    return (Ending(text, 'final'), None) if text else (None, EMPTY_PROMPT)
+    return self.accept(text) if text else (None, EMPTY_PROMPT)
 
-# %% ../nbs/06_core.ipynb #9c857109
+# %% ../nbs/06_core.ipynb #2b494ca1
 @patch
 def fallback(self:ToolLoop, prompt, problem=None):
     "Ask for the answer without tools; yields the responses, returns the answer"
@@ -265,19 +273,19 @@ def fallback(self:ToolLoop, prompt, problem=None):
         for c in msg.get('tool_calls', []):
             self.messages.append(dict(role='tool', tool_call_id=c['id'], name=c['function']['name'], content='Error: no steps are left; this did not run.'))
         end, problem = self.last_words(r.choices[0].message.content or '')
-        if end: return end.value
-    return ''
+        if end: return end
+    return Ending('', '', 'fallback')
 
-# %% ../nbs/06_core.ipynb #468a8bfb
+# %% ../nbs/06_core.ipynb #65ed5379
 @patch
-def final(self:ToolLoop, value, reason):
+def final(self:ToolLoop, end, reason):
     "The final dict"
     usage, errors = self.usage.copy(), []
     if self.sub: usage, errors = usage + (self.sub.usage.copy() - self.before[0]), self.sub.errors[self.before[1]:]
-    return dict(type='final', answer=value if isinstance(value, str) else str(value), value=value, stop_reason=reason,
+    return dict(type='final', answer=end.text, value=end.value, stop_reason=reason,
         usage=usage, steps=self.steps, sub_errors=errors, messages=self.messages)
 
-# %% ../nbs/06_core.ipynb #5650f7de
+# %% ../nbs/06_core.ipynb #fd72c760
 def _run(loop, max_steps, final_prompt):
     "Yield all that happens"
     problem = None
@@ -287,10 +295,10 @@ def _run(loop, max_steps, final_prompt):
         yield r
         yield from loop.run_calls(msg, problems)
         end, problem = loop.ending(r.choices[0].message.content)
-        if end: return (yield loop.final(end.value, end.reason))
+        if end: return (yield loop.final(end, end.reason))
         if not problem and not problems: problem = NO_END_PROMPT if (r.choices[0].message.content or '').strip() else EMPTY_PROMPT
-    value = yield from loop.fallback(final_prompt or FINAL_PROMPT, problem)
-    yield loop.final(value, 'fallback')
+    end = yield from loop.fallback(final_prompt or FINAL_PROMPT, problem)
+    yield loop.final(end, 'fallback')
 
 def advanced_toolloop(
     query:str, # the question

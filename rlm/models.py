@@ -93,7 +93,7 @@ def _sendable(messages):
     except UnicodeEncodeError: return _utf8(messages)
     return messages
 
-# %% ../nbs/03_models.ipynb #8d6a386d
+# %% ../nbs/03_models.ipynb #bd078421
 def _bundled(base_url, api_key):
     "Where the bundled model is; it starts on first use"
     if base_url or api_key: raise ModelNotFound('base_url= or api_key= was given, but no model=. Name a model, or leave out all three for the bundled one.')
@@ -117,7 +117,7 @@ def chat(
     else:
         to = dict(model=model, base_url=base_url, api_key=api_key) if model else _bundled(base_url, api_key)
         r = _ask(messages, num_retries=num_retries, timeout=timeout, **to, **kw)
-        cost = _cost(r, to['model'])
+        cost = _cost(r, model) if model else 0.
     if usage is not None: usage.add(response_usage(r, cost))
     return r
 

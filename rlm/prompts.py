@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPL_SYSTEM_PROMPT', 'SUB_PROMPT', 'FINAL_PROMPT', 'EMPTY_PROMPT', 'NO_END_PROMPT', 'UNCLOSED_PROMPT',
-           'NO_VAR_PROMPT', 'EMPTY_VAR_PROMPT', 'describe_context', 'promised', 'prompt_problems']
+           'NO_VAR_PROMPT', 'EMPTY_VAR_PROMPT', 'BAD_VAR_PROMPT', 'describe_context', 'promised', 'prompt_problems']
 
 # %% ../nbs/00_prompts.ipynb #f32c33e3
 import ast, builtins, re
@@ -75,7 +75,7 @@ def describe_context(
 # %% ../nbs/00_prompts.ipynb #a304b3c2
 SUB_PROMPT = """A program asks you, usually about one piece of a much larger text. Answer only what is asked, from what you are given, without preamble. If the answer is not there, say so in one short line; do not guess."""
 
-# %% ../nbs/00_prompts.ipynb #48117e65
+# %% ../nbs/00_prompts.ipynb #e08d59e4
 FINAL_PROMPT = """There are no steps left and no more code can run. Answer the question now from what you have found, in the form FINAL(answer), or FINAL_VAR(name) for a variable that exists. If you are not sure, say so in the answer."""
 
 EMPTY_PROMPT = """Your message was empty. Call run_repl to go on, or end with FINAL(answer) or FINAL_VAR(name) on a line of its own."""
@@ -87,6 +87,7 @@ UNCLOSED_PROMPT = """The parenthesis after {name} was not closed, so the answer 
 NO_VAR_PROMPT = """There is no variable {name} in the REPL. The variables are: {names}. Use one of them in FINAL_VAR, or give the answer as text: FINAL(answer)."""
 
 EMPTY_VAR_PROMPT = """The variable {name} is empty ({value}), which is no answer. Put the answer into it and end again, or give it as text: FINAL(answer)."""
+BAD_VAR_PROMPT = """The variable {name} cannot be the answer: {why}. Put the answer as text into a variable and end again, or give it as text: FINAL(answer)."""
 
 # %% ../nbs/00_prompts.ipynb #7053ccaf
 def _code_names(code):

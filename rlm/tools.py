@@ -28,7 +28,7 @@ class SubModel:
         store_attr('model,base_url,api_key,prompt,parallel,kw')
         self.usage, self.errors = Usage(), []
 
-# %% ../nbs/05_tools.ipynb #b17f14a8
+# %% ../nbs/05_tools.ipynb #614ba818
 @patch
 def ask(self:SubModel,
     prompt:str, # all that the model sees
@@ -37,7 +37,7 @@ def ask(self:SubModel,
     if not isinstance(prompt, str): raise TypeError(f'llm_query takes a str or a list of str, not {type(prompt).__name__}')
     msgs = [dict(role='system', content=self.prompt)] if self.prompt else []
     try: r = chat(msgs + [dict(role='user', content=prompt)], self.model, self.base_url, self.api_key, usage=self.usage, **self.kw)
-    except ModelError as e:
+    except RLMError as e:
         self.errors.append(f'{type(e).__name__}: {e}')
         raise
     return r.choices[0].message.content or ''

@@ -1,5 +1,5 @@
 "The loop over real LiteLLM and a real HTTP server with scripted replies"
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys
 import pytest
 from rlm import usage as U
 from rlm.core import advanced_toolloop
@@ -101,7 +101,7 @@ BAD = [ # name, arguments, what the model must read
     ('pick', dict(), 'missing argument items'),
     ('run_repl', dict(python_code='1/0'), 'ZeroDivisionError'),
     ('run_repl', dict(python_code='x = ='), 'SyntaxError'),
-    ('run_repl', dict(python_code='contxt'), 'names you have: FINAL, FINAL_VAR, context, llm_query')]
+    ('run_repl', dict(python_code='contxt'), 'names you have: ')]
 
 def pick(
     items:str, # what
@@ -343,6 +343,32 @@ def test_a_context_of_100_mb_is_not_copied(): assert growth('print(len(context),
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_the_measurement_would_see_a_copy(): assert growth('len(context + "z")') > 90_000_000
+
+# -- other REPLs
+
+KINDS = ['ipython', 'process', 'monty', *(['jail'] if shutil.which('bwrap') else [])]
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_of_repl(kind):
+    sh = prep_shell(TEXT, ScriptedModel(default='sub'), repl=kind)
+    replies = [code('len(context)', 'a = llm_query(["x", "y"])\na', 'class C: pass\nc, none = C(), None'), 'FINAL_VAR(nope)', 'FINAL_VAR(none)', code('z = {"k": [1, 2]}'), 'FINAL_VAR(z)']
+    with ScriptedServer(*replies) as s: _, end = run(sh, s)
+    assert results(end)[:2] == ['1400', "['sub', 'sub']"] and end['value'] == {'k': [1, 2]} and end['usage'].calls == 7
+    assert 'The variables are: a, ' in users(end)[0] and 'is empty (None)' in users(end)[1]
+    assert end['messages'][0]['content'].endswith('`context` is a str: 1,400 characters in 100 lines.')
+    assert answer(sh, code('1/0', 'FINAL_VAR("z")'))['stop_reason'] == 'final_var'
+    as_repl(sh).close()
+
+@pytest.mark.parametrize('kind', ['process', 'monty'])
+def test_a_variable_that_cannot_leave_its_repl(kind):
+    sh = prep_shell(TEXT, ScriptedModel(), repl=kind)
+    end = answer(sh, code('class C: pass\nc = C()'), 'FINAL_VAR(c)', 'FINAL(x)')
+    assert 'c cannot be the answer' in users(end)[0] and end['answer'] == 'x'
+    as_repl(sh).close()
+
+def test_a_cell_that_never_ends(sh):
+    with ScriptedServer(code('while True: pass'), code('len(context)'), 'FINAL(x)') as s: _, end = run(sh, s, tools=[make_run_repl(sh, timeout=0.3)])
+    assert 'TimeoutError' in results(end)[0] and results(end)[1] == '1400'
 
 def test_without_steps_and_without_iterating(sh):
     assert answer(sh, 'Oslo', max_steps=0)['stop_reason'] == 'fallback'
