@@ -94,7 +94,7 @@ def find_final(
     "The ending of a message: its last closed directive"
     return next((d for d in reversed(directives(text or '', patterns)) if d.closed), None)
 
-# %% ../nbs/06_core.ipynb #d46a1441
+# %% ../nbs/06_core.ipynb #27ae45e5
 def tool_schema(
     f, # a function with annotations and a docstring
 )->dict: # as the `tools` of a request want it
@@ -106,7 +106,7 @@ def tool_schema(
         raise ToolError(f"{getattr(f, '__name__', f)!r} cannot be a tool: {e} A tool is a named function with a docstring and an annotation on every parameter.") from None
     return dict(type='function', function=schema)
 
-# %% ../nbs/06_core.ipynb #409fb8e9
+# %% ../nbs/06_core.ipynb #a8961aed
 def read_args(
     text:str, # the arguments of a call as they came
 )->tuple: # dict or None, what is wrong or None
@@ -116,7 +116,7 @@ def read_args(
     if isinstance(args, dict): return args, None
     return None, f'the arguments must be a JSON object, not {type(args).__name__}'
 
-# %% ../nbs/06_core.ipynb #9b5c9881
+# %% ../nbs/06_core.ipynb #dfff4228
 def _misfit(f, args):
     "What is wrong with the names of the arguments, or ''"
     ps = inspect.signature(f).parameters
@@ -143,7 +143,7 @@ def run_call(
     else: text = _call_tool(tools[name], json.loads(call['function']['arguments']))
     return dict(role='tool', tool_call_id=call['id'], name=name, content=text)
 
-# %% ../nbs/06_core.ipynb #01756c73
+# %% ../nbs/06_core.ipynb #26e00b02
 def _mend_call(c, used, n):
     "One call as history takes it, and what is wrong with its arguments"
     args, problem = read_args(c.function.arguments)
@@ -174,7 +174,7 @@ def assistant_turn(
     if blocks := getattr(msg, 'thinking_blocks', None): res['thinking_blocks'] = blocks
     return res, [p for _,p in calls]
 
-# %% ../nbs/06_core.ipynb #e4461441
+# %% ../nbs/06_core.ipynb #59aebe86
 class ToolLoop:
     "The state of one run"
     def __init__(self, query, sp, tools, sh, patterns, **ask):
@@ -193,7 +193,7 @@ def _described(repl):
     try: return describe_context(repl.get('context'))
     except (KeyError, NameError): return ''
 
-# %% ../nbs/06_core.ipynb #2e9ab74f
+# %% ../nbs/06_core.ipynb #6b6eb2c7
 @patch
 def turn(self:ToolLoop, **kw):
     "One request; returns the response, the stored turn and what is wrong with its calls"
@@ -210,7 +210,7 @@ def run_calls(self:ToolLoop, msg, problems):
         self.messages.append(res)
         yield dict(res)
 
-# %% ../nbs/06_core.ipynb #86a7d15f
+# %% ../nbs/06_core.ipynb #5222a849
 @dataclass
 class Ending:
     "How a run ended"
@@ -243,7 +243,7 @@ def ending(self:ToolLoop, text):
     if ds := directives(text or '', self.patterns): return None, UNCLOSED_PROMPT.format(name='FINAL' if ds[0].kind=='final' else 'FINAL_VAR')
     return None, None
 
-# %% ../nbs/06_core.ipynb #4b7decca
+# %% ../nbs/06_core.ipynb #23e3d8f5
 @patch
 def ask_last(self:ToolLoop):
     "A turn without tools"
@@ -262,7 +262,7 @@ def last_words(self:ToolLoop, text):
     text = re.sub(_think, '', text, flags=re.M|re.S).strip()
     return self.accept(text) if text else (None, EMPTY_PROMPT)
 
-# %% ../nbs/06_core.ipynb #2b494ca1
+# %% ../nbs/06_core.ipynb #763966fb
 @patch
 def fallback(self:ToolLoop, prompt, problem=None):
     "Ask for the answer without tools; yields the responses, returns the answer"
@@ -276,7 +276,7 @@ def fallback(self:ToolLoop, prompt, problem=None):
         if end: return end
     return Ending('', '', 'fallback')
 
-# %% ../nbs/06_core.ipynb #65ed5379
+# %% ../nbs/06_core.ipynb #9ae0ffd5
 @patch
 def final(self:ToolLoop, end, reason):
     "The final dict"
@@ -285,7 +285,7 @@ def final(self:ToolLoop, end, reason):
     return dict(type='final', answer=end.text, value=end.value, stop_reason=reason,
         usage=usage, steps=self.steps, sub_errors=errors, messages=self.messages)
 
-# %% ../nbs/06_core.ipynb #fd72c760
+# %% ../nbs/06_core.ipynb #c6715725
 def _run(loop, max_steps, final_prompt):
     "Yield all that happens"
     problem = None
@@ -320,7 +320,7 @@ def advanced_toolloop(
         if verbose: show_item(item)
         yield item
 
-# %% ../nbs/06_core.ipynb #baeff605
+# %% ../nbs/06_core.ipynb #83489ea0
 def show_item(
     item, # what the loop yields
 ):
@@ -336,5 +336,5 @@ def _show_response(r):
     if msg.content: print(msg.content)
     for c in msg.tool_calls or []:
         args, _ = read_args(c.function.arguments)
-        shown = (args or {}).get('python_code', c.function.arguments)
+        shown = (args or {}).get('python_code', f'{c.function.name}: {c.function.arguments}')
         print('\n'.join(f'>>> {l}' for l in str(shown).splitlines()))

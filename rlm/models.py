@@ -134,7 +134,7 @@ def _ask(messages, model, base_url, api_key, num_retries, **kw):
         err = ProviderError(f'{model}: the answer holds no message. {_FAILURES[-1][-1]}')
     raise err
 
-# %% ../nbs/03_models.ipynb #1ac6096b
+# %% ../nbs/03_models.ipynb #17a69a8e
 def tool_call(
     name:str, # the tool
     arguments='{}', # a dict, or text as the model wrote it
@@ -159,7 +159,7 @@ def repl_call(
     "A message that calls `run_repl`, once for each cell"
     return reply(say, *[tool_call('run_repl', dict(python_code=c)) for c in cells])
 
-# %% ../nbs/03_models.ipynb #4a09c8a0
+# %% ../nbs/03_models.ipynb #e1281922
 class ScriptedModel:
     "A model that answers from a script: for lessons, and for tests of anything that calls a model"
     def __init__(self,
@@ -172,7 +172,7 @@ class ScriptedModel:
 
     def __repr__(self): return f'<ScriptedModel {self.name}: {len(self.sent)} asked, {len(self.script)} left>'
 
-# %% ../nbs/03_models.ipynb #01305224
+# %% ../nbs/03_models.ipynb #0cbdf4d5
 @patch
 def _next(self:ScriptedModel, messages, kw):
     "The next answer, the number of this request, and how much of it repeats the last one"

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['REPL_SYSTEM_PROMPT', 'SUB_PROMPT', 'FINAL_PROMPT', 'EMPTY_PROMPT', 'NO_END_PROMPT', 'UNCLOSED_PROMPT',
-           'NO_VAR_PROMPT', 'EMPTY_VAR_PROMPT', 'BAD_VAR_PROMPT', 'describe_context', 'promised', 'prompt_problems']
+           'NO_VAR_PROMPT', 'EMPTY_VAR_PROMPT', 'BAD_VAR_PROMPT', 'describe_context', 'code_blocks', 'promised',
+           'prompt_problems']
 
 # %% ../nbs/00_prompts.ipynb #f32c33e3
 import ast, builtins, re
 
-# %% ../nbs/00_prompts.ipynb #c4fc6d61
+# %% ../nbs/00_prompts.ipynb #ae99f183
 REPL_SYSTEM_PROMPT = """You answer a question about a context that may be far too large to read. The context is a variable in a persistent Python REPL. You see only what your code prints.
 
 Your tool `run_repl(python_code)` runs one cell and returns what it printed, the value of its last expression, or the error. Variables, imports and functions stay from cell to cell. Long output loses its middle, so print little and slice.
@@ -35,8 +36,7 @@ print(type(context), len(context))
 print(context[:500])
 print(context[len(context)//2:][:500])
 ```
-2. What code can decide (find, count, filter, sort, parse, compute), decide with code. It reads everything and is exact. Print the number of hits before you print the hits.
-3. What must be read and understood, have read: cut the context into large chunks, ask about all of them in one batch, and combine the answers with code or one more query:
+2. What must be read and understood, have read: cut the context into large chunks, ask about all of them in one batch, and combine the answers with code or one more query:
 ```python
 size = 50_000
 chunks = [context[i:i+size] for i in range(0, len(context), size)]
@@ -45,7 +45,8 @@ notes = llm_query([f"{question}\\n\\n{chunk}" for chunk in chunks])
 answer = llm_query("Merge these notes into one list without repeats:\\n\\n" + "\\n".join(notes))
 print(answer[:1000])
 ```
-Each query costs time and money: tens of large chunks, not thousands of lines. Where code can narrow the context first, let it.
+Each query costs time and money: tens of large chunks, not thousands of lines. Where the context is not a str, make the chunks of its items.
+3. What code can decide (find, count, filter, sort, parse, compute), decide with code: it reads everything, is exact and free. Use it first to narrow what has to be read. Print the number of hits before you print the hits.
 4. Check before you end: look at the place an answer comes from. If a search finds nothing, try another spelling, case or keyword before you conclude that it is not there."""
 
 # %% ../nbs/00_prompts.ipynb #bf8946a7
@@ -98,14 +99,20 @@ def _code_names(code):
     made |= {(a.asname or a.name).split('.')[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
     return {n.id for n in nodes if isinstance(n, ast.Name)} - made - set(dir(builtins))
 
-# %% ../nbs/00_prompts.ipynb #5fb7fa96
+# %% ../nbs/00_prompts.ipynb #fdb122f7
 _fence = re.compile(r'^```\w*\n(.*?)^```', re.M|re.S)
+
+def code_blocks(
+    prompt:str, # a system prompt
+)->list: # code
+    "The code blocks of a prompt"
+    return _fence.findall(prompt)
 
 def promised(
     prompt:str, # a system prompt
 )->set: # names
     "Names that a prompt promises, in code blocks or as `name(...)` or `name` in backticks"
-    names = set().union(*[_code_names(o) for o in _fence.findall(prompt)])
+    names = set().union(*[_code_names(o) for o in code_blocks(prompt)])
     return names | set(re.findall(r'`([A-Za-z_]\w*)(?:\([^`]*\))?`', _fence.sub('', prompt)))
 
 def prompt_problems(

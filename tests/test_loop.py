@@ -237,6 +237,12 @@ def test_anthropic_by_litellm(sh):
     sent = json.dumps(s.requests[-1]['messages'])
     assert sent.startswith(json.dumps(s.requests[1]['messages'])[:-1])
 
+def test_signed_thoughts_go_back_to_anthropic(sh):
+    thought = dict(type='thinking', thinking='Let me count.', signature='sig123')
+    with ScriptedServer(claude(thought, uses('t1', 'run_repl', python_code='len(context)')), claude(says('FINAL(x)'))) as s:
+        *_, end = advanced_toolloop('Q', sh=sh, model='anthropic/claude-haiku-4-5', base_url=s.url[:-3], api_key=KEY, num_retries=0, reasoning_effort='low')
+    assert thought in s.requests[1]['messages'][1]['content'] and end['answer'] == 'x'
+
 # -- faults
 
 def test_a_fault_that_passes_does_not_change_the_run(sh):
