@@ -693,8 +693,11 @@ def _full():
 
 
 def _leaving(final):
+    "An ending in a form that can be sent: a value that cannot is sent as its text"
     try: return dict(final, value=enc(final['value']))
-    except Exception: return dict(final, value=clip(str(final['value']), KEEP))
+    except Exception:
+        try: return dict(final, value=clip(str(final['value']), KEEP))
+        except Exception as e: return dict(final, value=f'(a value of type {type(final["value"]).__name__}, which cannot be shown: {type(e).__name__})')
 
 
 def exception(kind, message):
@@ -728,6 +731,7 @@ SYSCALLS = dict(  # number: x86_64, aarch64
     aarch64=(0xc00000b7, dict(clone=220, clone3=435, socket=198), (39, 40, 41, 51, 97, 104, 105, 106, 117, 142, 194, 217, 218, 219, 241, 265, 268, 270, 271, 273, 279, 280, 282, 294, 425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)))
 
 
+NAMESPACES = 0x7e020080  # the flags of clone that make namespaces
 def filter_syscalls(children, network, dangerous):
     "A seccomp filter for this process and all that it starts; `OSError` where the kernel has none"
     import ctypes
@@ -737,6 +741,7 @@ def filter_syscalls(children, network, dangerous):
     deny, allow = ret(0x00050000 | 1), ret(0x7fff0000)
     prog = [load(4), (jeq, 1, 0, arch), deny, load(0), (jge, 0, 1, 0x40000000), deny]
     for n in bad if dangerous else (): prog += [(jeq, 0, 1, n), deny]
+    if dangerous: prog += [(jeq, 0, 1, nr['clone3']), ret(0x00050000 | 38), (jeq, 0, 4, nr['clone']), load(16), (jset, 0, 1, NAMESPACES), deny, load(0)]
     if not children:
         for k in ('fork', 'vfork'):
             if k in nr: prog += [(jeq, 0, 1, nr[k]), deny]

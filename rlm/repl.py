@@ -522,7 +522,7 @@ class JailREPL(ProcessREPL):
         if not self._bwrap: raise REPLError("repl='jail' needs the program `bwrap`, on Linux: install the package bubblewrap (apt install bubblewrap, dnf install bubblewrap)")
         super().__init__(context, funcs, children=children, **kwargs)
 
-# %% ../nbs/04_repl.ipynb #e1ec7132
+# %% ../nbs/04_repl.ipynb #146c6a78
 def _python_dirs():
     "Where this Python lives, as far as it is not in /usr"
     dirs = {os.path.realpath(o) for o in (sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix)} | {sys.prefix}
@@ -530,10 +530,20 @@ def _python_dirs():
     if bad := dirs & {'/', home, os.path.realpath(home)}: raise REPLError(f'a jail cannot show the Python of {bad.pop()} without showing all that lies there; use a virtual environment')
     return sorted(o for o in dirs if not (o+'/').startswith('/usr/'))
 
+_proc_shown = {'self', 'thread-self', 'cpuinfo', 'meminfo', 'stat', 'uptime', 'loadavg', 'version', 'filesystems', 'mounts', 'net'}
+
+def _masks():
+    "Cover what `/proc` says of the whole machine; a process of root could write to some of it"
+    args = []
+    for o in sorted(o for o in os.listdir('/proc') if not o.isdigit() and o not in _proc_shown):
+        p = f'/proc/{o}'
+        args += ['--tmpfs', p, '--remount-ro', p] if os.path.isdir(p) else ['--ro-bind', '/dev/null', p]
+    return args
+
 @patch
 def _walls(self:JailREPL):
     "What the jail shows of the file system"
-    args = ['--ro-bind', '/usr', '/usr', '--proc', '/proc', '--dev', '/dev']
+    args = ['--ro-bind', '/usr', '/usr', '--proc', '/proc', *_masks(), '--dev', '/dev']
     for o in '/dev/shm', '/tmp', '/home': args += ['--size', str(self.disk), '--tmpfs', o]
     for o in '/bin', '/sbin', '/lib', '/lib64', '/lib32':
         if os.path.islink(o): args += ['--symlink', os.readlink(o), o]
@@ -546,7 +556,7 @@ def _walls(self:JailREPL):
 
 @patch
 def _command(self:JailREPL, life, sock, ctx):
-    args = [self._bwrap, '--unshare-all', '--unshare-user', '--die-with-parent', '--new-session', '--cap-drop', 'ALL', '--uid', '65534', '--gid', '65534', '--hostname', 'jail', '--clearenv']
+    args = [self._bwrap, '--unshare-all', '--unshare-user', '--as-pid-1', '--die-with-parent', '--new-session', '--cap-drop', 'ALL', '--uid', '65534', '--gid', '65534', '--hostname', 'jail', '--clearenv']
     for k, v in self._env().items(): args += ['--setenv', k, v]
     base = ProcessREPL._command(self, life, sock, ctx)
     run = [sys.executable, '-I', '/run/rlm/runner.py', 'serve', str(sock)]
@@ -738,7 +748,7 @@ def _read(self:MontyREPL, code):
     self._pending |= self._assigns | {'context'}
     return _show_last(code, tree)
 
-# %% ../nbs/04_repl.ipynb #7c38b8d4
+# %% ../nbs/04_repl.ipynb #49de939e
 @patch
 def _left(self:MontyREPL, value, error, said, seconds):
     "The result, after names are read and given ones put back; a fresh session if the worker is gone"
@@ -765,6 +775,7 @@ def _monty_result(said, value, error, seconds, final, changed, **kw):
 def _plain_value(v):
     try: return dec(enc(v))
     except Refused: return repr(v)
+    except RecursionError: return f'(a {type(v).__name__} nested too deep to be shown)'
 
 @patch
 def _restore(self:MontyREPL):
