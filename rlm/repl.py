@@ -609,7 +609,7 @@ class MontyREPL(REPL):
         self._lookup |= {f'__given_{k}':f for k, f in self._lookup.items()}
         self._start()
 
-# %% ../nbs/04_repl.ipynb #c25ec6c1
+# %% ../nbs/04_repl.ipynb #7fbf0205
 def _close_monty(pool, session):
     for o in session, pool:
         with suppress(Exception): o.__exit__(None, None, None)
@@ -633,10 +633,24 @@ def _start(self:MontyREPL):
     self._n, self._fed, self._src, self._killed = 0, 1, {}, False
     try:
         if not isinstance(self.context, (str, bytes)): enc(self.context)
-        self._feed(_prelude, inputs={} if self.context is None else dict(context=self.context, __given_context=self.context))
+        self._feed(_prelude)
+        if self.context is not None: self._give_context()
     except (pm.MontyError, TypeError, ValueError) as e:
         self._end()
         raise TypeError(f'a context of type {type(self.context).__name__} cannot enter monty: {e}. Give it as text or plain data, or use process or jail') from None
+
+_part = 60_000_000  # characters in one message to the worker, which takes 256 MiB
+
+@patch
+def _give_context(self:MontyREPL):
+    "Hand the context over, a large text in parts"
+    c = self.context
+    if not isinstance(c, (str, bytes)) or len(c) <= _part: self._feed('None', inputs=dict(context=c))
+    else:
+        self._feed('__parts = []')
+        for i in range(0, len(c), _part): self._feed('__parts.append(__part)', inputs=dict(__part=c[i:i+_part]))
+        self._feed(f'__part = None\ncontext = {type(c)()!r}.join(__parts)\n__parts = None')
+    self._feed('__given_context = context')
 
 def _string_module():
     import pydantic_monty as pm, string
@@ -799,7 +813,7 @@ def _failed(self:MontyREPL, e):
     if kind == 'NameError' and 'names you have' not in msg: msg += f' ({listed(self._given, self._names)})'
     return plain(traceback_text(rows, f'{kind}: {msg}' if msg else kind))
 
-# %% ../nbs/04_repl.ipynb #aefbf2af
+# %% ../nbs/04_repl.ipynb #3404aaa6
 @patch
 def get(self:MontyREPL, name:str):
     "The value of a variable, if it is plain data"
@@ -817,7 +831,7 @@ def put(self:MontyREPL, name:str, value):
     with self._lock:
         if name == 'context': self.context = value
         elif name not in self._names: self._names.append(name)
-        try: self._feed('None', inputs={name:value} | ({'__given_context':value} if name == 'context' else {}))
+        try: self._give_context() if name == 'context' else self._feed('None', inputs={name:value})
         except (pm.MontyError, ValueError) as e: raise TypeError(f'a value of type {type(value).__name__} cannot enter monty: {e}') from None
 
 @patch

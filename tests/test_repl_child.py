@@ -136,10 +136,10 @@ def test_timeout_keeps_variables(full, code):
         assert r.run('kept, context').value == "(1, 'c')"
 
 
-IN_JAIL_HARMLESS = 'os.kill(os.getpid()'  # process 1 of a namespace gets no signal from within
+IN_JAIL_HARMLESS = 'os.kill(os.getpid()'
 @pytest.mark.parametrize('code', STUBBORN)
 def test_hard_stop_starts_afresh(full, code):
-    if full == 'jail' and IN_JAIL_HARMLESS in code: code = 'import ctypes\nctypes.PyDLL(None).sleep(9)'
+    if full == 'jail' and IN_JAIL_HARMLESS in code: pytest.skip('process 1 of a namespace gets no signal from within')
     with open_repl(full, 'c', funcs=dict(f=len), grace=0.2) as r:
         r.run('gone = 1')
         res = r.run('print("before")\n' + code, timeout=0.3)
