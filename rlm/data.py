@@ -487,12 +487,12 @@ BAD = ["m = re.search({q}, context)\nprint(m.group(0))", "print(contxt.find({q})
     "look({q})", "import pandas_zq as pd\nprint(pd.read(context))", "print(context['text'].find({q}))", "print(json.loads(context)[{q}])", "hits = grep({q})\nprint(hits)", "x = 1/0"]
 REPAIR = dict(list="'\\n'.join(map(str, context))", tuple="'\\n'.join(map(str, context))", dict="'\\n'.join(f'{k}: {v}' for k, v in context.items())", bytes="context.decode('utf-8', 'replace')")
 
-# %% ../nbs/11_data.ipynb #ca94825b
+# %% ../nbs/11_data.ipynb #5a549b8b
 class Tracer:
     "A conversation in the making"
-    def __init__(self, task, r):
-        self.task, self.r, self.ns, self.first, self.text = task, r, dict(context=task.context), True, ''
-        self.turns = [('user', task.question, False)]
+    def __init__(self, task, later=False):
+        self.task, self.ns, self.first, self.text, self.turns = task, dict(context=task.context), not later, '', [('user', task.question, False)]
+        if later: run_in(self.ns, LOOK)
     def cell(self, code, good=True):
         "Run a cell and write it down with what it printed; a bad one is not to be imitated"
         out = run_in(self.ns, code).text(1600)
@@ -513,13 +513,14 @@ class Tracer:
         self.text = ', text'
         return self.cell(f"text = {REPAIR[type(self.task.context).__name__]}\n{look_cell(self.task.keys, False, self.text)}")
 
-# %% ../nbs/11_data.ipynb #c410f0cf
+# %% ../nbs/11_data.ipynb #2faa3aac
 def trace(
     task:Task,
+    later:bool=False, # a later question of a session, in which `look` is there already
 ): # list of (role, text, whether the model should imitate it); None if the oracle's way does not lead there
     "Solve a task and write down how"
     r = random.Random(task.question)
-    s, answer, out, tried = Tracer(task, r), task.answers[0], '', anchors(task.keys)
+    s, answer, out, tried = Tracer(task, later), task.answers[0], '', anchors(task.keys)
     if task.family!='error' and r.random()<.1: s.cell(fill(r.choice(BAD), q=repr(task.keys[0])), good=False)
     if task.code: return s.end(answer) if s.cell(task.code)==answer else None
     there = lambda: answer!='not found' and (answer in out or bool(task.hop) and ' '.join(task.hop[:2]) in out)

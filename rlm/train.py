@@ -197,7 +197,7 @@ def load_adapter(
         l.A.data.copy_(torch.from_numpy(np.array(ts[f'{k}.lora_a'])).float())
         l.B.data.copy_(torch.from_numpy(np.ascontiguousarray(_rows(_halves, k, np.array(ts[f'{k}.lora_b']), config))).float())
 
-# %% ../nbs/12_train.ipynb #009a1d00
+# %% ../nbs/12_train.ipynb #9f428489
 SYSTEM = 'Answer the question about the Python string `context`. Reply with one ```repl code block to search it, or with FINAL(answer).'
 def encode(
     tokenizer, # from `load_tokenizer`
@@ -219,16 +219,19 @@ def samples(
     n:int, # samples
     seed='a',
     real:float=.17, # share of questions about real sources
-    longest:int=640, # tokens
+    longest:int=1000, # tokens
 ): # yields (ids, weights)
     "Training samples without end of variety"
-    r, i = random.Random(f'mix{seed}'), 0
-    while n:
-        i += 1
-        t = real_task(f'{seed}-{i}') if r.random()<real else make_task(f'{seed}-{i}', words)
-        s = (turns := t and trace(t)) and encode(tokenizer, turns)
-        if s and len(s[0])<=longest:
-            n -= 1
+    r, i, made = random.Random(f'mix{seed}'), 0, 0
+    while made<n:
+        session = []
+        for k in range(3 if r.random()<.67 else 1):
+            i += 1
+            t = real_task(f'{seed}-{i}') if r.random()<real else make_task(f'{seed}-{i}', words)
+            session += (t and trace(t, later=bool(session))) or []
+        s = encode(tokenizer, session)
+        if session and len(s[0])<=longest:
+            made += 1
             yield s
 
 # %% ../nbs/12_train.ipynb #53918a40
