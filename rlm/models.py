@@ -48,7 +48,7 @@ def _scrub(text, secrets=()):
     for s in sorted((s for s in secrets if len(s)>=6), key=len, reverse=True): text = text.replace(s, '[hidden]')
     return re.sub(r'\b(sk-|Bearer\s+)[\w.~+/-]{6,}=*', '[hidden]', text)
 
-# %% ../nbs/03_models.ipynb #de2c3cf5
+# %% ../nbs/03_models.ipynb #094f4928
 def _matches(e, text, names, statuses, pattern):
     own = {c.__name__ for c in type(e).__mro__ if c.__module__.startswith('litellm')}
     return bool(own & set(names.split())) or getattr(e, 'status_code', None) in statuses or bool(re.search(pattern, text, re.I|re.S))
@@ -63,6 +63,7 @@ def model_error(
     text = str(e).split('\n\nLiteLLM: model group')[0]
     text = re.sub(r'^(litellm\.)?(\w+: )*(litellm\.\w+: )?(\w+Error: )*(\w+Exception - )?', '', text).strip() or type(e).__name__
     cls, *_, fix = next(f for f in _FAILURES if _matches(e, str(e), *f[1:4]))
+    text = re.sub(r'^no connected db', 'the gateway does not know this key (no connected db)', text, flags=re.I)
     where = f' at {base_url}' if base_url else ''
     return cls(_scrub(f'{model}{where}: {text[:600].rstrip(" .")}. {fix}', secrets), getattr(e, 'status_code', None))
 

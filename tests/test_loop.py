@@ -317,10 +317,15 @@ def test_any_context(context, said):
     as_repl(sh).close()
 
 MEMORY = """
+import time
 from pathlib import Path
 from rlm.tools import prep_shell
 from rlm.core import advanced_toolloop
-def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]) * 1024
+def status(name): return int(next(l for l in open('/proc/self/status') if l.startswith(name)).split()[1]) * 1024
+def settle():
+    "Wait until what LiteLLM still loads in the background after its first call is there"
+    last = 0
+    while last != (last := status('VmRSS')): time.sleep(0.5)
 def run(context):
     sh = prep_shell(context, model='openai/sub', base_url='{url}', api_key='k')
     for item in advanced_toolloop('Which key?', sh=sh, model='openai/small', base_url='{url}', api_key='k'): pass
@@ -328,11 +333,12 @@ def run(context):
     return item
 run('warm up ' * 1000)
 context = 'x' * 60_000_000 + 'needle QX-7731\\n' + 'y' * 40_000_000
+settle()
 Path('/proc/self/clear_refs').write_text('5')
-before = peak()
+before = status('VmHWM')
 item = run(context)
 assert item['answer'] == 'QX-7731' and item['usage'].calls == 5, item
-print(peak() - before)
+print(status('VmHWM') - before)
 """
 
 def growth(look):
