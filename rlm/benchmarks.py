@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Task', 'make_haystack', 'normal', 'same_answer', 'Results', 'Result', 'benchmark_vanilla', 'benchmark_rlm', 'wilson',
-           'run_task', 'machine', 'Score', 'load_score', 'benchmark_tasks', 'real_contexts', 'real_questions',
-           'benchmark_questions']
+           'run_task', 'machine', 'Score', 'load_score', 'Scores', 'stored_scores', 'benchmark_tasks', 'real_contexts',
+           'real_questions', 'benchmark_questions']
 
 # %% ../nbs/10_benchmarks.ipynb #903ae404
 import json, os, platform, random, re, string, sys, sysconfig, time
@@ -247,7 +247,25 @@ def load_score(
     d = json.loads(Path(path).read_text(encoding='utf-8'))
     return Score(d['rows'], d['model'], d['about'], d['machine'])
 
-# %% ../nbs/10_benchmarks.ipynb #3a00b45e
+# %% ../nbs/10_benchmarks.ipynb #4b2edff3
+class Scores(list):
+    "Scores side by side"
+    def _repr_markdown_(self):
+        head = 'what', 'model', 'n', 'right', '95 %', 'ended by FINAL', 'steps', 'tokens', 'seconds'
+        return '\n'.join([_row(head), _row('-' for _ in head), *map(_scores_row, self)])
+
+def _scores_row(s):
+    low, high = s.interval
+    ended = sum(r['stop_reason'] in ('final', 'final_var') for r in s.rows)/s.n if s.n else 0.
+    return _row([s.about.get('what', ''), s.model, f'{s.n}', f'{s.share:.1%}', f'{low:.0%} to {high:.0%}', f'{ended:.0%}', f"{s.mean('steps'):.1f}", f"{s.mean('tokens'):,.0f}", f"{s.mean('time'):.1f}"])
+
+def stored_scores(
+    folder='results', # where `Score.save` wrote them, as JSON
+)->Scores:
+    "Every score in a folder"
+    return Scores(load_score(p) for p in sorted(Path(folder).glob('*.json')))
+
+# %% ../nbs/10_benchmarks.ipynb #48f18d51
 def benchmark_tasks(
     tasks, # an iterable of tasks
     model=None, # LiteLLM's name of the model; None: the bundled one
@@ -264,7 +282,7 @@ def benchmark_tasks(
 
 def _model_name(model): return 'bundled model' if model is None else model if isinstance(model, str) else getattr(model, 'name', repr(model))
 
-# %% ../nbs/10_benchmarks.ipynb #d9073811
+# %% ../nbs/10_benchmarks.ipynb #045f9438
 _packages = 'asyncio collections concurrent email http importlib json logging sqlite3 unittest urllib xml'.split()
 
 def _topics():
@@ -284,7 +302,7 @@ def real_contexts()->dict:
     "The two texts, made on first use from the Python that runs"
     return dict(topics=_topics(), stdlib=_stdlib())
 
-# %% ../nbs/10_benchmarks.ipynb #d875e58e
+# %% ../nbs/10_benchmarks.ipynb #55f450ab
 def _answers(q, context):
     return q['answers'] if 'answers' in q else [str(eval(q['answer_expr'], dict(re=re, context=context)))]
 
@@ -294,7 +312,7 @@ def real_questions()->list:
     texts = real_contexts()
     return [Task(texts[q['context']], q['question'], _answers(q, texts[q['context']]), q['kind'], q['id']) for q in data['questions']]
 
-# %% ../nbs/10_benchmarks.ipynb #d8d462e3
+# %% ../nbs/10_benchmarks.ipynb #e141b900
 def benchmark_questions(
     model=None, # LiteLLM's name of the model; None: the bundled one
     n:int=None, # only the first n

@@ -13,7 +13,7 @@ readme = root/'README.md'
 
 class ReadmeFilter(FilterDefaults):
     "nbdev's own page filters, less those that write front matter and links into the docs site"
-    def base_procs(self): return [p for p in super().base_procs() if p.__name__ not in ('FrontmatterProc', 'add_links')]
+    def base_procs(self): return [p for p in super().base_procs() if p.__name__ not in ('FrontmatterProc', 'insert_warning', 'add_links')]
     def nb_proc(self, nb): return NBProcessor(nb=nb, procs=self.procs())
 
 def output_md(out):
@@ -27,15 +27,16 @@ def cell_md(cell):
     "One cell of the filtered notebook as Markdown"
     if cell.cell_type == 'markdown': return cell.source.strip()
     if cell.cell_type != 'code': return ''
-    source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip()
-    shown = [] if re.search(r'^#\|\s*echo:\s*false', cell.source, flags=re.M) or not source else [f'```python\n{source}\n```']
+    hidden = cell.directives_.get('echo') == 'false' or not cell.source.strip()
+    shown = [] if hidden else [f'```python\n{cell.source.strip()}\n```']
     return '\n\n'.join(shown + [o for o in map(output_md, cell.outputs) if o])
 
 def render():
     nb = read_nb(root/'nbs'/'index.ipynb')
     ReadmeFilter()(nb)
     head = '<!-- Made from nbs/index.ipynb by scripts/readme.py: edit the notebook. -->\n\n'
-    return head + '\n\n'.join(md for md in map(cell_md, nb.cells) if md) + '\n'
+    text = head + '\n\n'.join(md for md in map(cell_md, nb.cells) if md) + '\n'
+    return re.sub(r'\]\((?=[\w/]+\.ipynb\))', '](nbs/', text)
 
 if __name__ == '__main__':
     match sys.argv[1:]:

@@ -95,6 +95,15 @@ def test_every_notebook_has_its_place_on_the_site():
     nbs = {str(p.relative_to(root/'nbs')) for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root/'nbs').parts)}
     assert sorted(hrefs(site['website']['sidebar']['contents'])) == sorted(nbs), 'name each notebook once in _quarto.yml'
 
+@pytest.mark.slow
+def test_chapters_that_need_torch():
+    "Their cells run where torch is; elsewhere nbdev-test leaves them out"
+    pytest.importorskip('torch')
+    chapters = [p.name for p in (root/'nbs').glob('*.ipynb') if '"#| torch' in p.read_text(encoding='utf-8')]
+    assert chapters
+    r = subprocess.run(['nbdev-test', '--flags', 'torch', '--file-re', '|'.join(chapters)], capture_output=True, text=True, cwd=root)
+    assert r.returncode == 0, r.stdout + r.stderr
+
 # Wheel and sdist -----------------------------------------------------------------------------------------------------
 def venv(path, exe=sys.executable):
     subprocess.run([exe, '-m', 'venv', str(path)], check=True, capture_output=True)
