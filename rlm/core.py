@@ -193,7 +193,7 @@ def _described(repl):
     try: return describe_context(repl.get('context'))
     except (KeyError, NameError): return ''
 
-# %% ../nbs/06_core.ipynb #6b6eb2c7
+# %% ../nbs/06_core.ipynb #cb739366
 @patch
 def turn(self:ToolLoop, **kw):
     "One request; returns the response, the stored turn and what is wrong with its calls"
@@ -210,7 +210,7 @@ def run_calls(self:ToolLoop, msg, problems):
         self.messages.append(res)
         yield dict(res)
 
-# %% ../nbs/06_core.ipynb #5222a849
+# %% ../nbs/06_core.ipynb #02e8ef1a
 @dataclass
 class Ending:
     "How a run ended"
@@ -243,7 +243,7 @@ def ending(self:ToolLoop, text):
     if ds := directives(text or '', self.patterns): return None, UNCLOSED_PROMPT.format(name='FINAL' if ds[0].kind=='final' else 'FINAL_VAR')
     return None, None
 
-# %% ../nbs/06_core.ipynb #23e3d8f5
+# %% ../nbs/06_core.ipynb #204e7096
 @patch
 def ask_last(self:ToolLoop):
     "A turn without tools"
@@ -262,7 +262,7 @@ def last_words(self:ToolLoop, text):
     text = re.sub(_think, '', text, flags=re.M|re.S).strip()
     return self.accept(text) if text else (None, EMPTY_PROMPT)
 
-# %% ../nbs/06_core.ipynb #763966fb
+# %% ../nbs/06_core.ipynb #cce5ec5c
 @patch
 def fallback(self:ToolLoop, prompt, problem=None):
     "Ask for the answer without tools; yields the responses, returns the answer"
@@ -276,7 +276,7 @@ def fallback(self:ToolLoop, prompt, problem=None):
         if end: return end
     return Ending('', '', 'fallback')
 
-# %% ../nbs/06_core.ipynb #9ae0ffd5
+# %% ../nbs/06_core.ipynb #86aef75c
 @patch
 def final(self:ToolLoop, end, reason):
     "The final dict"
@@ -285,7 +285,7 @@ def final(self:ToolLoop, end, reason):
     return dict(type='final', answer=end.text, value=end.value, stop_reason=reason,
         usage=usage, steps=self.steps, sub_errors=errors, messages=self.messages)
 
-# %% ../nbs/06_core.ipynb #c6715725
+# %% ../nbs/06_core.ipynb #1cb4e4c9
 def _run(loop, max_steps, final_prompt):
     "Yield all that happens"
     problem = None
@@ -320,7 +320,7 @@ def advanced_toolloop(
         if verbose: show_item(item)
         yield item
 
-# %% ../nbs/06_core.ipynb #83489ea0
+# %% ../nbs/06_core.ipynb #52aed23b
 def show_item(
     item, # what the loop yields
 ):
