@@ -67,12 +67,14 @@ def model_error(
     where = f' at {base_url}' if base_url else ''
     return cls(_scrub(f'{model}{where}: {text[:600].rstrip(" .")}. {fix}', secrets), getattr(e, 'status_code', None))
 
-# %% ../nbs/03_models.ipynb #5e59d4e1
+# %% ../nbs/03_models.ipynb #32fa0616
 @lru_cache(64)
 def _router(model, base_url, api_key, num_retries):
     "LiteLLM's router over one model"
     to = dict(model=model, api_base=base_url, api_key=api_key, max_retries=0)
-    return _litellm().Router([dict(model_name=model, litellm_params=to)], num_retries=num_retries, disable_cooldowns=True)
+    res = _litellm().Router([dict(model_name=model, litellm_params=to)], num_retries=num_retries, disable_cooldowns=True)
+    res.discard()
+    return res
 
 # %% ../nbs/03_models.ipynb #8d88cef9
 def _cost(r, model):

@@ -137,6 +137,13 @@ def test_many_threads_one_ledger():
     with ScriptedServer(lambda body: Reply(message('a'), delay=0.05)) as s, ThreadPoolExecutor(10) as pool: list(pool.map(lambda _: ask(s, usage=led), range(40)))
     assert (led.calls, led.prompt_tokens) == (40, 400)
 
+def test_many_gateways_leave_no_hooks(capfd):
+    import litellm
+    with ScriptedServer(lambda body: message('a')) as s:
+        for i in range(120): ask(s, f'openai/model-{i}', num_retries=0)
+    hooks = litellm.success_callback + litellm.failure_callback + litellm._async_success_callback
+    assert not [o for o in hooks if 'Router' in type(getattr(o, '__self__', None)).__name__] and capfd.readouterr() == ('', '')
+
 def test_half_a_surrogate_pair_is_replaced():
     with ScriptedServer('a') as s: chat([dict(role='user', content='x\ud83dy')], 'openai/small', s.url, KEY)
     assert s.messages[0][0]['content'] == 'x?y'
