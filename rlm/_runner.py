@@ -91,6 +91,13 @@ class _Stops(ast.NodeTransformer):
         if node.handlers: node.handlers.insert(0, ast.fix_missing_locations(ast.copy_location(stop, node.handlers[0])))
         return node
 
+    def visit_While(self, node):
+        "Python 3.10 does not look for signals where a loop jumps to a `try`, so it gets something to jump to before"
+        self.generic_visit(node)
+        look = ast.Expr(ast.Name('__cell_stop__', ast.Load()))
+        if sys.version_info < (3, 11) and isinstance(node.body[0], ast.Try): node.body.insert(0, ast.fix_missing_locations(ast.copy_location(look, node.body[0])))
+        return node
+
 
 FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 def compile_cell(code, name):
@@ -98,7 +105,7 @@ def compile_cell(code, name):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         tree = compile(code, name, 'exec', FLAGS | ast.PyCF_ONLY_AST, dont_inherit=True)
-        if 'except' in code: tree = _Stops().visit(tree)
+        if 'try' in code: tree = _Stops().visit(tree)
         if tree.body and isinstance(last := tree.body[-1], ast.Expr):
             out = ast.copy_location(ast.Name('__cell_value__', ast.Store()), last)
             tree.body[-1] = ast.copy_location(ast.Assign([out], last.value), last)
@@ -254,6 +261,7 @@ class Router(io.TextIOBase):
     def writable(self): return True
     def write(self, s): return self._to().write(s)
     def flush(self): self._to().flush()
+    def close(self): "It is never closed: what it stands in for is"
     def isatty(self): return False
     @property
     def buffer(self): return self._to().buffer

@@ -76,11 +76,12 @@ def run_in(
         if 'context' in ns: s.give(context=ns['context'])
     return _result(run_cell(ns['__session__'], code))
 
-# %% ../nbs/04_repl.ipynb #99d8a769
+# %% ../nbs/04_repl.ipynb #ef6f4b33
 class REPL:
     "A place where cells run one after the other, with `context`, `FINAL`, `FINAL_VAR` and the host functions as given names"
     kind = ''
     def run(self, code:str, timeout:float=None)->CellResult: raise NotImplementedError
+    async def arun(self, code:str, timeout:float=None)->CellResult: return await asyncio.to_thread(self.run, code, timeout)
     def get(self, name:str): raise NotImplementedError
     def put(self, name:str, value): raise NotImplementedError
     def names(self)->list[str]: raise NotImplementedError
@@ -573,7 +574,7 @@ def _how(self:JailREPL, ctx):
     if isinstance(self.context, MappedText): return dict(kind='path', path='/run/rlm/context')
     return ProcessREPL._how(self, ctx)
 
-# %% ../nbs/04_repl.ipynb #5744e400
+# %% ../nbs/04_repl.ipynb #5e8a08c3
 _monty_advice = (('yield expressions', 'build a list and return it, or use a generator expression'),
     ("'del' statement", 'for a dict or list use .pop(key), for a name assign None'),
     ('class inheritance', 'write a class without a base, or functions'),
@@ -586,7 +587,7 @@ _monty_advice = (('yield expressions', 'build a list and return it, or use a gen
 
 def _advice(msg): return next((f'{msg}. Instead: {o}' for k, o in _monty_advice if k in msg), msg)
 
-# %% ../nbs/04_repl.ipynb #c6fef9d3
+# %% ../nbs/04_repl.ipynb #1de6494a
 class MontyREPL(REPL):
     "The contract over a `pydantic-monty` worker: no files, no network, no environment; limits on memory and time"
     kind = 'monty'
@@ -609,7 +610,7 @@ class MontyREPL(REPL):
         self._lookup |= {f'__given_{k}':f for k, f in self._lookup.items()}
         self._start()
 
-# %% ../nbs/04_repl.ipynb #7fbf0205
+# %% ../nbs/04_repl.ipynb #2a5814a3
 def _close_monty(pool, session):
     for o in session, pool:
         with suppress(Exception): o.__exit__(None, None, None)
@@ -656,9 +657,9 @@ def _string_module():
     import pydantic_monty as pm, string
     return pm.ExternalModule({k:v for k, v in vars(string).items() if isinstance(v, str) and not k.startswith('_')})
 
-# %% ../nbs/04_repl.ipynb #059e9d91
+# %% ../nbs/04_repl.ipynb #b989d39e
 _prelude = f'''
-def __cell_show__(v):
+def __cell_show__(v, isinstance=isinstance, len=len, repr=repr, str=str, bytes=bytes):
     if v is None: return None
     if isinstance(v, (str, bytes)) and len(v) > {KEEP}: return f'{{v[:{KEEP//2}]!r}} ... [{{len(v)-{KEEP}}} cut] ... {{v[-{KEEP//2}:]!r}}'
     s = repr(v)
@@ -685,7 +686,7 @@ def _assigned(tree):
         elif not isinstance(o, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)): todo += ast.iter_child_nodes(o)
     return found | {n for o in ast.walk(tree) if isinstance(o, ast.Global) for n in o.names}
 
-# %% ../nbs/04_repl.ipynb #35484511
+# %% ../nbs/04_repl.ipynb #4961f56c
 @patch
 def _host(self:MontyREPL, f):
     "A host function as the sandbox may call it"
@@ -717,12 +718,14 @@ def _exit(self:MontyREPL, *args): raise SystemExit
 @patch
 def _quit(self:MontyREPL, *args): raise SystemExit
 
-# %% ../nbs/04_repl.ipynb #7a239507
+# %% ../nbs/04_repl.ipynb #2193d4e0
 @patch
 def _feed(self:MontyREPL, code, said=None, **kw):
     "Run code in the session"
     self._fed += 1
     return self._session.feed_run(code, print_callback=lambda stream, s: said and said.add(s), external_lookup=self._lookup, **kw)
+
+_ended = 'RuntimeError: the process of the REPL ended'
 
 @patch
 def _kill(self:MontyREPL):
@@ -744,13 +747,14 @@ def run(self:MontyREPL,
         timer = threading.Timer(limit, self._kill)
         timer.daemon = True
         timer.start()
-        try: value = self._feed(source, said)
-        except pm.MontyCrashedError: error = TOO_LONG.format(limit) if self._killed else 'RuntimeError: the process of the REPL ended'
-        except pm.MontyError as e: error = self._failed(e)
-        except UnicodeError as e: error = f'SyntaxError: {e}'
+        try:
+            try: value = self._feed(source, said)
+            except pm.MontyCrashedError: error = TOO_LONG.format(limit) if self._killed else _ended
+            except pm.MontyError as e: error = self._failed(e)
+            except UnicodeError as e: error = f'SyntaxError: {e}'
+            if self._interrupt: raise self._interrupt
+            return self._left(value, error, said, t0, limit)
         finally: timer.cancel()
-        if self._interrupt: raise self._interrupt
-        return self._left(value, error, said, time.perf_counter()-t0)
 
 @patch
 def _read(self:MontyREPL, code):
@@ -762,24 +766,33 @@ def _read(self:MontyREPL, code):
     self._pending |= self._assigns | {'context'}
     return _show_last(code, tree)
 
-# %% ../nbs/04_repl.ipynb #49de939e
+# %% ../nbs/04_repl.ipynb #54d27013
 @patch
-def _left(self:MontyREPL, value, error, said, seconds):
+def _left(self:MontyREPL, value, error, said, t0, limit):
     "The result, after names are read and given ones put back; a fresh session if the worker is gone"
     import pydantic_monty as pm
-    lost, changed = self._names, []
+    lost, changed, seconds = self._names, [], time.perf_counter() - t0
     try:
-        if self._killed or not error is None and 'process of the REPL ended' in error: raise EOFError
-        self._names = [o for o in self._feed('list(locals())') if not o.startswith('_') and o not in self._given]
+        if self._killed or error == _ended: raise EOFError
+        self._names = self._read_names()
         changed = self._restore()
         if self._final and self._final.name: self._final.value = self._feed(self._final.name)
     except (pm.MontyCrashedError, EOFError):
         self._end()
         self._names = []
         self._start()
-        return _monty_result(said, None, error or TOO_LONG.format(seconds), seconds, None, [], lost=lost, restarted=True)
+        return _monty_result(said, None, error or TOO_LONG.format(limit), seconds, None, [], lost=lost, restarted=True)
     except pm.MontyError as e: error, self._final = self._failed(e), None
     return _monty_result(said, value, error, seconds, self._final, changed)
+
+@patch
+def _read_names(self:MontyREPL):
+    "The names in the session; those known before if a cell has replaced `locals`"
+    import pydantic_monty as pm
+    try: found = self._feed('[o for o in locals()]')
+    except pm.MontyRuntimeError: return self._names
+    if not isinstance(found, list): return self._names
+    return [o for o in found if isinstance(o, str) and not o.startswith('_') and o not in self._given]
 
 def _monty_result(said, value, error, seconds, final, changed, **kw):
     out, cut = said.done()
@@ -813,7 +826,7 @@ def _failed(self:MontyREPL, e):
     if kind == 'NameError' and 'names you have' not in msg: msg += f' ({listed(self._given, self._names)})'
     return plain(traceback_text(rows, f'{kind}: {msg}' if msg else kind))
 
-# %% ../nbs/04_repl.ipynb #3404aaa6
+# %% ../nbs/04_repl.ipynb #0a0100ef
 @patch
 def get(self:MontyREPL, name:str):
     "The value of a variable, if it is plain data"
@@ -844,7 +857,7 @@ def close(self:MontyREPL):
     "End the worker"
     self._end()
 
-# %% ../nbs/04_repl.ipynb #346d036b
+# %% ../nbs/04_repl.ipynb #a5877a03
 def open_repl(
     kind:str='ipython', # 'ipython', 'monty', 'process' or 'jail'
     context=None, # what the cells find as `context`

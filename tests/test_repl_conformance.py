@@ -101,3 +101,10 @@ def test_long_output_keeps_both_ends(repl):
 
 def test_a_large_cell(repl):
     assert repl.run('x = "' + 'y'*1_000_000 + '"\nlen(x)').value == '1000000'
+
+
+def test_shadowed_builtins_harm_only_the_cells(repl):
+    repl.run('list = str = len = repr = print = type = 5')
+    r = repl.run('context[:8]')
+    assert r.value == "'# Report'" and r.error is None
+    assert 'TypeError' in repl.run('len("a")').error and repl.run('FINAL(3)').final.value == 3
