@@ -1,6 +1,8 @@
 """Runs cells of model-written code. `rlm.repl` imports it for the in-process shell, and starts it as a script
 in the child of `process` and `jail`: one file for both, so it uses the standard library only and imports nothing of `rlm`."""
-import ast, base64, bisect, io, itertools, json, linecache, mmap, os, re, select, signal, socket, struct, sys, threading, time, warnings
+import sys
+if __name__ == '__main__' and sys.path[0] == __file__.rpartition('/')[0]: del sys.path[0]
+import ast, base64, bisect, io, itertools, json, linecache, mmap, os, re, select, signal, socket, struct, threading, time, warnings
 from contextlib import contextmanager, suppress
 
 GIVEN_HIDDEN = 'input', 'exit', 'quit'
@@ -403,7 +405,11 @@ def _unpack():
 UNPACK = _unpack()
 
 
-MAX_FRAME = 256 << 20  # bytes of one message
+MAX_FRAME = 128 << 20  # bytes of one message
+MAX_PARTS = 5_000_000  # values in one message, so that a small message does not become gigabytes of objects
+def _parts(data): return sum(map(data.count, (b'[', b'{', b',')))
+
+
 class Wire:
     "JSON messages over a socket, each after its length"
     def __init__(self, sock, most=MAX_FRAME): self.sock, self.most, self.buf, self.sending = sock, most, bytearray(), threading.Lock()
@@ -412,6 +418,7 @@ class Wire:
         try: data = json.dumps(msg).encode()
         except RecursionError: raise Refused('a value nested this deep stays in its REPL') from None
         if len(data) > self.most: raise Refused(f'a value of {len(data):,} bytes is too large to send; the limit is {self.most:,}')
+        if _parts(data) > MAX_PARTS: raise Refused(f'a value of more than {MAX_PARTS:,} parts is too large to send')
         with self.sending: self.sock.sendall(struct.pack('>I', len(data)) + data)
 
     def fill(self):
@@ -428,6 +435,7 @@ class Wire:
             if len(self.buf) < 4 + n: return
             data = bytes(self.buf[4:4+n])
             del self.buf[:4+n]
+            if _parts(data) > MAX_PARTS: raise ValueError('a message of too many parts')
             if not isinstance(m := json.loads(data), dict): raise ValueError('not a message')
             yield m
 
@@ -659,7 +667,7 @@ class Child:
             try: reply = getattr(self, f"do_{m['do']}")(m)
             except Exception as e: reply = {'is':'failed', 'error':kind_of(e), 'message':plain(str(e))[:2000]}
             try: self.wire.send(**reply)
-            except Refused as e: self.wire.send(**{'is':'failed'}, error='TypeError', message=str(e))
+            except Refused as e: self.wire.send(**_refused(reply, str(e)))
 
     def do_run(self, m):
         self.session.ballast = bytearray(BALLAST)
@@ -692,6 +700,12 @@ class Child:
         if name in self.session.given: self.session.give(**{name:value})
         else: self.session.ns[name] = value
         return {'is':'value', 'value':None, 'names':self.session.names()[-1000:]}
+
+
+def _refused(reply, why):
+    "What to send instead of a reply that is too large"
+    if reply['is'] != 'done': return {'is':'failed', 'error':'TypeError', 'message':why}
+    return reply | {'parts':reply['parts'] | dict(final=None, error=f'TypeError: {why}; end with less')}
 
 
 BALLAST = 16 << 20  # bytes set aside so that a cell which took all memory can be answered
@@ -771,6 +785,7 @@ def set_limits(setup):
     limit(r.RLIMIT_CORE, 0)
     if setup['files']: limit(r.RLIMIT_NOFILE, setup['files'])
     if setup['file_size']: limit(r.RLIMIT_FSIZE, setup['file_size'])
+    if sys.platform != 'linux': return
     if setup['memory']: limit(r.RLIMIT_AS, _vm_size() + setup['memory'])
     if setup['children']: limit(r.RLIMIT_NPROC, setup['children'] + _user_tasks())
 
@@ -878,7 +893,6 @@ def _children(pid):
 
 
 def main(args):
-    sys.path[:] = [o for o in sys.path if o != os.path.dirname(os.path.abspath(__file__))]
     if args[0] == 'guard': guard(int(args[1]), int(args[2]), args[3:])
     if args[0] == 'tend': tend(args[1:])
     if args[0] == 'serve': serve(int(args[1]))

@@ -287,3 +287,12 @@ def test_clear_errors(monkeypatch):
     with pytest.raises(ValueError, match='choose one of: ipython, monty, process, jail'): open_repl('docker')
     monkeypatch.setenv('PATH', '/nowhere')
     with pytest.raises(REPLError, match='apt install bubblewrap'): open_repl('jail', 'c')
+
+
+def test_what_is_too_large_to_leave(full):
+    with open_repl(full, 'c', timeout=30) as r:
+        res = r.run('kept = 1\nFINAL([0] * 6_000_000)')
+        assert res.final is None and 'too large to send; end with less' in res.error and not res.lost
+        assert r.run('kept').value == '1' and len(r.run('FINAL("y" * 10**7)').final.value) == 10**7
+        r.run('big = [0] * 6_000_000')
+        with pytest.raises(TypeError, match='too large'): r.get('big')

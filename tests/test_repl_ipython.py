@@ -122,3 +122,16 @@ def test_binary_and_ansi(repl):
 def test_a_cell_of_a_megabyte(repl):
     assert repl.run('x = [' + '1,'*500_000 + ']\nlen(x)').value == '500000'
     if sys.version_info >= (3, 11): assert 'Error' in repl.run('1' + '+1'*500_000).error  # the compiler of 3.10 crashes on it
+
+
+def test_a_path_is_its_text(tmp_path):
+    (tmp_path/'t.txt').write_text('Tromsø', encoding='utf-8')
+    with open_repl('ipython', tmp_path/'t.txt') as r: assert r.get('context') == 'Tromsø'
+
+
+def test_a_magic_and_the_shell_run(repl): assert repl.run('!echo hi').stdout.strip() == 'hi' and repl.run('x = 1\n%who_ls').error is None
+
+
+def test_arun(repl):
+    async def main(): return await repl.arun('context')
+    assert asyncio.run(main()).value == "'some text'"
