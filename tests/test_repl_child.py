@@ -296,3 +296,10 @@ def test_what_is_too_large_to_leave(full):
         assert r.run('kept').value == '1' and len(r.run('FINAL("y" * 10**7)').final.value) == 10**7
         r.run('big = [0] * 6_000_000')
         with pytest.raises(TypeError, match='too large'): r.get('big')
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason='the kernel does not limit the processes of root')
+def test_number_of_children(full):
+    with open_repl(full, 'c', children=8) as r:
+        code = 'import os, time\nn = 0\ntry:\n    for _ in range(40):\n        if os.fork() == 0:\n            time.sleep(5)\n            os._exit(0)\n        n += 1\nexcept OSError: pass\nn'
+        assert int(r.run(code, timeout=10).value) <= 8
