@@ -67,12 +67,13 @@ def model_error(
     where = f' at {base_url}' if base_url else ''
     return cls(_scrub(f'{model}{where}: {text[:600].rstrip(" .")}. {fix}', secrets), getattr(e, 'status_code', None))
 
-# %% ../nbs/03_models.ipynb #32fa0616
+# %% ../nbs/03_models.ipynb #875eb90d
 @lru_cache(64)
 def _router(model, base_url, api_key, num_retries):
     "LiteLLM's router over one model"
-    to = dict(model=model, api_base=base_url, api_key=api_key, max_retries=0)
-    res = _litellm().Router([dict(model_name=model, litellm_params=to)], num_retries=num_retries, disable_cooldowns=True)
+    to, ll = dict(model=model, api_base=base_url, api_key=api_key, max_retries=0), _litellm()
+    never = ll.RetryPolicy(BadRequestErrorRetries=0, AuthenticationErrorRetries=0, ContentPolicyViolationErrorRetries=0)
+    res = ll.Router([dict(model_name=model, litellm_params=to)], num_retries=num_retries, retry_policy=never, disable_cooldowns=True)
     res.discard()
     return res
 

@@ -1,5 +1,5 @@
 "A real HTTP server on loopback that speaks the OpenAI chat protocol from a script: replies, faults, delays, hangs, torn bodies"
-import json, threading, time
+import json, socket, threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -43,7 +43,7 @@ class ScriptedServer:
     "Answers each POST with the next of `replies` (or `replies(body)`), and records every request"
     def __init__(self, *replies, key=None):
         self.replies, self.key, self.requests, self.raw, self.paths = list(replies), key, [], [], []
-        self.lock, self.stopping = threading.Lock(), threading.Event()
+        self.lock, self.stopping, self.open = threading.Lock(), threading.Event(), []
 
     def next(self, raw, path, auth):
         with self.lock:
@@ -66,6 +66,9 @@ class ScriptedServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = 'HTTP/1.1'
             def log_message(self, *a): pass
+            def setup(self):
+                super().setup()
+                owner.open.append(self.connection)
             def do_POST(self):
                 raw = self.rfile.read(int(self.headers['Content-Length']))
                 r = owner.next(raw, self.path, self.headers.get('Authorization', ''))
@@ -83,14 +86,19 @@ class ScriptedServer:
         threading.Thread(target=self.httpd.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc): self.stop()
+
+    def stop(self):
+        "Stop serving and break open connections off, as a server that dies does"
         self.stopping.set()
         self.httpd.shutdown(); self.httpd.server_close()
+        for o in self.open:
+            try: o.shutdown(socket.SHUT_RDWR)
+            except OSError: pass
 
 
 def closed_port():
     "A port of loopback that nothing listens on"
-    import socket
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]

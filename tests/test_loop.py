@@ -47,7 +47,7 @@ for item in responses:
 def test_the_quick_start_as_a_script():
     replies = code('print(context[:12])', content='Looking.'), code('a = llm_query(["which key?", "which town?"])\nprint(a)'), 'k', 'k', 'So:\n\nFINAL(QX-7731)'
     with ScriptedServer(*replies, key=KEY) as s:
-        p = subprocess.run([sys.executable, '-c', QUICK_START.format(url=s.url)], capture_output=True, text=True, timeout=120, env={**os.environ, 'OPENAI_API_KEY': KEY})
+        p = subprocess.run([sys.executable, '-c', QUICK_START.format(url=s.url)], capture_output=True, text=True, timeout=120, env={**os.environ, 'OPENAI_API_KEY': KEY, 'PYTHONWARNINGS': 'ignore'})
     assert p.returncode == 0, p.stderr
     assert p.stdout.strip().endswith('ANSWER QX-7731') and p.stderr == ''
     for o in ('>>> print(context[:12])', '  | Oslo QX-7731', "['k', 'k']", 'Looking.'): assert o in p.stdout
@@ -262,9 +262,8 @@ def test_a_gateway_that_stops_in_mid_run(sh):
     with ScriptedServer(code('1')) as s:
         got = advanced_toolloop('Q', sh=sh, model='openai/small', base_url=s.url, api_key=KEY, num_retries=0)
         next(got), next(got)
-        s.__exit__()
+        s.stop()
         with pytest.raises(U.GatewayUnreachable, match='base_url='): next(got)
-        s.httpd.shutdown = s.httpd.server_close = lambda: None
 
 # -- sub-calls
 
