@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['HELD_WORDS', 'SYLLABLES', 'MONTHS', 'VALUES', 'STOP', 'SLOTS', 'FAMILIES', 'COUNTERS', 'MAKERS', 'ASKS', 'VERBS',
-           'GAPS', 'LOOK', 'BAD', 'REPAIR', 'Task', 'lexicon', 'held_words', 'token_words', 'World', 'value', 'content',
-           'fill_in', 'attribute', 'fill', 'sentence', 'package_texts', 'filler_lines', 'haystack', 'subject', 'others',
-           'put_in', 'needle', 'entity', 'decoy', 'error', 'absent', 'relation', 'event', 'phrasing', 'respell',
-           'retry', 'twohop', 'count', 'make_task', 'rarity', 'telling', 'code_facts', 'prose_facts', 'real_task',
-           'quote', 'look_cell', 'anchors', 'Tracer', 'trace']
+           'GAPS', 'LOOK', 'BAD', 'REPAIR', 'SearchTask', 'lexicon', 'held_words', 'token_words', 'World', 'value',
+           'content', 'fill_in', 'attribute', 'fill', 'sentence', 'package_texts', 'filler_lines', 'haystack',
+           'subject', 'others', 'put_in', 'needle', 'entity', 'decoy', 'error', 'absent', 'relation', 'event',
+           'phrasing', 'respell', 'retry', 'twohop', 'count', 'make_task', 'rarity', 'telling', 'code_facts',
+           'prose_facts', 'real_task', 'quote', 'look_cell', 'anchors', 'Tracer', 'trace']
 
-# %% ../nbs/11_data.ipynb #9b223b90
+# %% ../nbs/11_data.ipynb #22743f5e
 import ast, json, random, re, sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,20 +18,18 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
+from .benchmarks import Task
 from .repl import run_in
 
-# %% ../nbs/11_data.ipynb #8037b453
+# %% ../nbs/11_data.ipynb #5e84edc6
 @dataclass
-class Task:
-    "A question about a context, with its accepted answers"
-    family:str # what makes it easy or hard, see `FAMILIES`
-    question:str='' # as a person would ask it
-    context:object='' # a str; for the family `error` a list, tuple, dict or bytes
-    answers:list=field(default_factory=list) # any of these is right
+class SearchTask(Task):
+    "A task, and what the oracle knows of it"
     keys:list=field(default_factory=list) # words to search for, the most telling first
     lines:list=field(default_factory=list) # the lines that were hidden in the filler
     hop:list=None # keys of the second lookup
     code:str=None # the cell that counts
+    __repr__ = Task.__repr__
     def _repr_markdown_(self):
         hidden = '\n'.join(f'    {l}' for l in self.lines[:4])
         return f'**{self.family}**: {self.question}\n\n{hidden}\n\nanswer: `{self.answers[0]}`, context: {type(self.context).__name__} of {len(self.context):,}'
@@ -315,18 +313,18 @@ def count(w, t, s):
     given = repr(key) if re.search(f"['\"]{re.escape(key)}", t.question) else repr(' '+key)+'.strip()'
     t.keys, t.code = [key], ('import re\n' if mode=='word' else '') + f'key = {given}\n{COUNTERS[mode]}'
 
-# %% ../nbs/11_data.ipynb #a863841b
+# %% ../nbs/11_data.ipynb #683704e4
 MAKERS = dict(needle=needle, entity=entity, phrasing=phrasing, retry=retry, decoy=decoy, error=error, twohop=twohop, count=count, absent=absent)
 def make_task(
     seed, # anything that can be printed
     words:dict=None, # from `token_words`, for training; None: a held-out task
     family:str=None, # one of `FAMILIES`; None: by their shares
     n_lines:int=None, # lines of the context; None: 20 to 3,000
-)->Task:
+)->SearchTask:
     "The task of a seed"
     w = World(seed, words)
     r, lex = w.r, w.lex
-    t, s = Task(family or r.choices(list(FAMILIES), weights=list(FAMILIES.values()))[0]), subject(w)
+    t, s = SearchTask('', '', [], family or r.choices(list(FAMILIES), weights=list(FAMILIES.values()))[0]), subject(w)
     n, style = n_lines or r.choice([20,60,200,600,1500,3000,3000]), w.pick('styles')
     t.question, t.keys = fill(w.pick('ask'), a=s.asked, e=s.entity), s.own+s.other+s.attr
     if MAKERS[t.family](w, t, s) is False: return make_task(f'{seed}r', words, t.family, n_lines)
@@ -436,10 +434,10 @@ def prose_facts(
         kind = 'number' if m[1][0].isdigit() else 'name' if m[1][0].isupper() else 'word'
         if m[1] not in b+c and len(telling(b+' '+c))>1: yield fill(r.choice(GAPS), b=b, c=c, k=kind), m[1], telling(b+' '+c)
 
-# %% ../nbs/11_data.ipynb #704c6796
+# %% ../nbs/11_data.ipynb #9f4f1792
 def real_task(
     seed, # anything that can be printed
-)->Task: # None if the source that the seed chose says nothing of itself
+)->SearchTask: # None if the source that the seed chose says nothing of itself
     "A question about the sources of installed packages"
     r, texts = random.Random(f'real{seed}'), package_texts()
     i = r.randrange(len(texts))
@@ -450,7 +448,7 @@ def real_task(
     q, a, keys = r.choice(facts)
     parts = [texts[i]] + [texts[(i+k)%len(texts)] for k in range(1, r.choice([1,1,2,4,8]))]
     r.shuffle(parts)
-    return Task('real', q, '\n\n'.join(parts), [a], list(dict.fromkeys(keys)))
+    return SearchTask('\n\n'.join(parts), q, [a], 'real', keys=list(dict.fromkeys(keys)))
 
 # %% ../nbs/11_data.ipynb #0d40ed67
 LOOK = '''import re
@@ -513,9 +511,9 @@ class Tracer:
         self.text = ', text'
         return self.cell(f"text = {REPAIR[type(self.task.context).__name__]}\n{look_cell(self.task.keys, False, self.text)}")
 
-# %% ../nbs/11_data.ipynb #2faa3aac
+# %% ../nbs/11_data.ipynb #358c1f0e
 def trace(
-    task:Task,
+    task:SearchTask,
     later:bool=False, # a later question of a session, in which `look` is there already
 ): # list of (role, text, whether the model should imitate it); None if the oracle's way does not lead there
     "Solve a task and write down how"

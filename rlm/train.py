@@ -259,7 +259,7 @@ def losses(model, x, w):
     logits, y = model.logits(model.hidden(x)[:, :-1][chosen]), x[:, 1:][chosen]
     return F.cross_entropy(logits, y, reduction='none'), w[:, 1:][chosen], logits.argmax(-1)==y
 
-# %% ../nbs/12_train.ipynb #4a11a4ea
+# %% ../nbs/12_train.ipynb #f4cb845d
 def train(
     gguf:str, # the base model
     out:str, # the adapter to write, every few minutes and at the end
@@ -268,7 +268,8 @@ def train(
     start:str=None, # an adapter to go on from
     int8:float=.8, # share of the time in which the frozen weights run in 8 bits (CPU only)
     seed='a',
-    say=print, # told of the progress; None: nobody
+    say=print, # told of the progress
+    every:int=20, # steps between two reports
 ):
     "Tune an adapter on traces of the oracle"
     model, tok, words = load_gguf(gguf), load_tokenizer(gguf), token_words(str(gguf))
@@ -289,7 +290,7 @@ def train(
             opt.step()
             opt.zero_grad(set_to_none=True)
             it, seen = it+1, seen+len(x)
-            if say and it%20==0: say(f'step {it}, {seen} traces, {time.time()-t0:.0f} s: loss {loss.mean():.4f}, right {right.float().mean():.4f}')
+            if it%every==0: say(f'step {it}, {seen} traces, {time.time()-t0:.0f} s: loss {loss.mean():.4f}, right {right.float().mean():.4f}')
         if time.time()-t_save>300: _save(loras, out, model.c); t_save = time.time()
     _save(loras, out, model.c)
 
