@@ -208,3 +208,15 @@ def test_ask_with_the_bundled_model(tmp_path):
     path.write_text('\n'.join(f'{i} nothing happened' for i in range(5000)) + '\nThe magic number is 4721.\n')
     r = run('ask', 'What is the magic number?', path)
     assert (r.returncode, r.stdout) == (0, b'4721\n'), r.stderr.decode()
+
+@pytest.mark.slow
+def test_serve():
+    pytest.importorskip('xllamacpp')
+    from openai import OpenAI
+    p = subprocess.Popen([*rlm, 'serve', '--port', '0', '--key', 'a key'], stdout=subprocess.PIPE, env=env, text=True)
+    try:
+        url = p.stdout.readline().split()[2]
+        assert [m.id for m in OpenAI(base_url=url, api_key='a key').models.list()] == ['rlm-smollm2-135m']
+    finally: p.send_signal(signal.SIGINT)
+    assert p.wait(20) == 0
+    p.stdout.close()

@@ -12,9 +12,9 @@ config.read(root/'settings.ini', encoding='utf-8')
 settings = config['DEFAULT']
 project = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['project']
 
-def python(code, exe=sys.executable, **kw):
+def python(code, exe=sys.executable, at=sys.prefix):
     "Run `code` in a fresh interpreter, away from the checkout"
-    return subprocess.run([exe, '-c', code], capture_output=True, text=True, cwd=Path(sys.prefix), timeout=300, **kw)
+    return subprocess.run([exe, '-c', code], capture_output=True, text=True, cwd=at, timeout=600)
 
 # Metadata ------------------------------------------------------------------------------------------------------------
 def test_one_version(): assert settings['version'] == rlm.__version__
@@ -105,6 +105,23 @@ def test_chapters_that_need_torch():
     r = subprocess.run(['nbdev-test', '--flags', 'torch', '--file-re', '|'.join(chapters)], capture_output=True, text=True, cwd=root)
     assert r.returncode == 0, r.stdout + r.stderr
 
+@pytest.fixture(scope='session')
+def copied(tmp_path_factory):
+    "A copy of what git tracks"
+    src = tmp_path_factory.mktemp('src')
+    for name in tracked():
+        (src/name).parent.mkdir(parents=True, exist_ok=True)
+        if (root/name).is_file(): shutil.copy(root/name, src/name)
+    return src
+
+@pytest.mark.slow
+def test_notebooks_become_pages(copied):
+    "All that the docs site needs before Quarto: nbdev runs cells with imports by themselves, so they may use nothing else"
+    r = python('from nbdev.serve import proc_nbs; proc_nbs(n_workers=0)', at=copied)
+    assert r.returncode == 0, r.stderr
+    pages = {p.name for p in (copied/'_proc').glob('*.ipynb')}
+    assert pages == {p.name for p in (copied/'nbs').glob('*.ipynb')} and (copied/'_proc'/'_quarto.yml').is_file()
+
 # Wheel and sdist -----------------------------------------------------------------------------------------------------
 def venv(path, exe=sys.executable):
     subprocess.run([exe, '-m', 'venv', str(path)], check=True, capture_output=True)
@@ -121,13 +138,10 @@ def index():
     if r.returncode: pytest.skip('pip reaches no package index')
 
 @pytest.fixture(scope='session')
-def dists(index, tmp_path_factory):
-    "The sdist made from a copy of what git tracks, and the wheel made from the sdist"
-    src, out = tmp_path_factory.mktemp('src'), tmp_path_factory.mktemp('dist')
-    for name in tracked():
-        (src/name).parent.mkdir(parents=True, exist_ok=True)
-        if (root/name).is_file(): shutil.copy(root/name, src/name)
-    r = subprocess.run([sys.executable, '-m', 'build', '--outdir', str(out), str(src)], capture_output=True, text=True)
+def dists(index, copied, tmp_path_factory):
+    "The sdist, and the wheel made from the sdist"
+    out = tmp_path_factory.mktemp('dist')
+    r = subprocess.run([sys.executable, '-m', 'build', '--outdir', str(out), str(copied)], capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
     return next(out.glob('*.tar.gz')), next(out.glob('*.whl'))
 
@@ -165,6 +179,8 @@ def test_wheel_with_nothing_else_calls_tools(dists, tmp_path):
     exe = venv(tmp_path/'env')
     pip(exe, dists[1])
     check_install(exe)
+    r = subprocess.run([str(Path(exe).parent/'rlm'), 'demo', '--lines', '100'], capture_output=True, text=True)
+    assert r.returncode == 2 and r.stderr.startswith('rlm: ') and "pip install 'rlm[local]'" in r.stderr, r.stderr
 
 @pytest.mark.slow
 @pytest.mark.parametrize('exe', list(other_pythons()))
