@@ -308,14 +308,19 @@ class ProcessREPL(REPL):
         if isinstance(context, Path): self.context = open_path(context)
         self._start()
 
-# %% ../nbs/04_repl.ipynb #03883c4b
+# %% ../nbs/04_repl.ipynb #c1912ca1
+def _shared_file():
+    "A file without a name, in memory where the system has such"
+    return open(os.memfd_create('context'), 'w+b') if hasattr(os, 'memfd_create') else tempfile.TemporaryFile()
+
 @patch
 def _start(self:ProcessREPL):
     "Start guard and child, hand the context over, wait until it is ready"
     here, there = socket.socketpair()
-    (out, out_w), (life_r, life), ctx = os.pipe(), os.pipe(), tempfile.TemporaryFile() if not hasattr(os, 'memfd_create') else open(os.memfd_create('context'), 'w+b')
-    try: proc = subprocess.Popen(self._command(life_r, there.fileno(), ctx.fileno()), stdin=subprocess.DEVNULL, stdout=out_w, stderr=out_w,
-        pass_fds=(life_r, there.fileno(), ctx.fileno()), start_new_session=True, env=self._env(), cwd=self._cwd())
+    (out, out_w), (life_r, life), ctx = os.pipe(), os.pipe(), _shared_file()
+    fds = life_r, there.fileno(), ctx.fileno()
+    try: proc = subprocess.Popen(self._command(*fds), stdin=subprocess.DEVNULL, stdout=out_w, stderr=out_w, pass_fds=fds,
+        start_new_session=True, env=self._env(), cwd=self._cwd())
     finally:
         there.close()
         for o in out_w, life_r: os.close(o)
