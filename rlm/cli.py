@@ -91,14 +91,14 @@ class UsageError(Exception):
     "What the command line asks for cannot be done"
 
 def model_args(
-    args, # parsed: `model`, `base_url`, `api_key`, and `untuned` where there is such an option
+    args, # parsed: `model`, `base_url`, `api_key`, and `untuned`, `adapter` where there are such options
 )->dict: # for `prep_shell` and `advanced_toolloop`
     "Which model to use; none named: the bundled one, started if need be"
     named = dict(model=args.model, base_url=args.base_url, api_key=args.api_key)
     if args.model: return named
     if args.base_url or args.api_key: raise UsageError('--base-url and --api-key need a --model')
     from rlm.local import local_model
-    return local_model(adapter=False) if getattr(args, 'untuned', False) else local_model()
+    return local_model(adapter=False if getattr(args, 'untuned', False) else getattr(args, 'adapter', None))
 
 # %% ../nbs/13_cli.ipynb #a76eedbf
 def _warm_up():
@@ -219,7 +219,8 @@ def held_out(
 def bench(
     args, # parsed: `what`, `n`, `seed`, `family`, `lines`, `json` and the model's
 )->int: # exit code
-    "Score a model"
+    "Score a model, or measure the kinds of REPL"
+    if args.what == 'repl': return _bench_repl(args)
     from rlm.benchmarks import benchmark_tasks, real_questions
     if args.json: _writable(args.json)
     if args.what == 'tasks': n, about, make = args.n or 400, dict(seed=args.seed), lambda: held_out(n, args.seed, args.family, args.lines)
@@ -232,11 +233,20 @@ def bench(
     print(score)
     return 0
 
+def _bench_repl(args):
+    from rlm.repl_bench import bench_repl
+    if args.json: _writable(args.json)
+    screen = Screen(sys.stderr)
+    table = bench_repl(progress=lambda row: screen.say(f"{row['REPL']} done"))
+    if args.json: Path(args.json).write_text(json.dumps(table, indent=1) + '\n', encoding='utf-8')
+    print(table)
+    return 0
+
 def _writable(path):
     try: open(path, 'a').close()
     except OSError as e: raise UsageError(f'{path}: {e.strerror}') from None
 
-def _bench_name(args): return args.model or ('bundled model, untuned' if args.untuned else 'bundled model')
+def _bench_name(args): return args.model or 'bundled model' + (', untuned' if args.untuned else f', adapter {args.adapter}' if args.adapter else '')
 
 # %% ../nbs/13_cli.ipynb #2fdd2bb2
 def serve(
@@ -290,12 +300,13 @@ def _ask_options(p):
     _model_options(p, 50)
 
 def _bench_options(p):
-    p.add_argument('what', choices=['tasks', 'questions'], help='generated tasks, or hand-written questions over real text')
+    p.add_argument('what', choices=['tasks', 'questions', 'repl'], help='generated tasks, hand-written questions over real text, or the kinds of REPL')
     p.add_argument('-n', type=_count, help='how many (tasks: 400; questions: all)')
     p.add_argument('--seed', type=int, default=0, help='of the first generated task (0)')
     p.add_argument('--family', help='only this family of generated tasks')
     p.add_argument('--lines', type=_count, help='lines of each generated task; default: mixed')
     p.add_argument('--untuned', action='store_true', help='the bundled model without its adapter')
+    p.add_argument('--adapter', metavar='FILE', help='the bundled model with this adapter')
     p.add_argument('--json', metavar='FILE', help='write the score and every row')
     _model_options(p, 20)
 
