@@ -51,9 +51,9 @@ print(sorted({m.partition('.')[0] for m in set(sys.modules) - before}), file=sys
     assert not {'litellm', 'IPython', 'httpx', 'openai'} & set(eval(r.stderr))
 
 def test_import_is_fast():
-    "The best of five, since other processes share the machine"
-    code = "import time; t = time.perf_counter(); import rlm; print(time.perf_counter() - t)"
-    assert min(float(python(code).stdout) for _ in range(5)) < 0.3
+    "In seconds of the processor, which a busy machine does not change: an import waits for nothing"
+    code = "import time; t = time.process_time(); import rlm; print(time.process_time() - t)"
+    assert float(python(code).stdout) < 0.3
 
 @pytest.mark.parametrize('module', sorted(p.stem for p in (root/'rlm').glob('*.py') if p.stem[0] != '_'))
 def test_modules_import_heavy_things_late(module):
