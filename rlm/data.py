@@ -195,14 +195,14 @@ def haystack(w, n, lines, style, extra=(), oneline=False):
     for at,line in sorted(zip(sorted(w.r.choices(range(len(body)+1), k=len(lines))), lines), key=lambda p: p[0], reverse=True): body.insert(at, line)
     return (' ' if oneline else '\n').join(body)
 
-# %% ../nbs/11_data.ipynb #15aceb11
+# %% ../nbs/11_data.ipynb #85790a34
 FAMILIES = dict(needle=10, entity=12, phrasing=16, retry=14, decoy=14, error=10, twohop=16, count=12, absent=14) # shares in training
 
 def subject(w):
-    "What one question is about: an entity, an attribute of it and its value"
+    "What one question is about: an entity, an attribute of it and its value (in training often a person, so that an answer is told from a first hop)"
     s = SimpleNamespace()
-    s.asked, s.kind = attribute(w)
-    s.value = value(w, s.kind)
+    s.asked, s.kind = (w.r.choice(w.lex['twohop']['first']), 'person') if not w.held and w.r.random()<.12 else attribute(w)
+    s.also, s.value = [], value(w, s.kind)
     s.entity, s.own, s.other = fill_in(w, w.pick('entities'))
     s.attr = content(s.asked)
     s.tell = lambda e, v, a=None: sentence(w, w.lex['tell'], a=a or s.asked, e=e, v=v)
@@ -245,12 +245,13 @@ def absent(w, t, s):
         t.lines = ([sentence(w, w.lex['mention'], e=s.entity) for _ in range(w.r.choice([1,2,6]))] if x<.4 else others(w, s, 1, 4) if x<.7 else [s.tell(s.entity, value(w, k), a)] if x<.8 else [])
     s.value = 'not found'
 
-# %% ../nbs/11_data.ipynb #a9a53f81
+# %% ../nbs/11_data.ipynb #f1110eb0
 def relation(w, t, s):
     "A question in other words than the text's"
     rel = w.pick('relations')
     ask, s.value = w.r.choice(rel['ask']), value(w, rel['kind'])
     t.question, t.keys = fill(ask, e=s.entity), s.own+s.other+content(ask.replace('{e}', ''))
+    s.also = [fill(a, v=s.value) for a in rel.get('also', [])]
     noise = [sentence(w, rel['tell'], e=fill_in(w, w.pick('entities'))[0], v=value(w, rel['kind'])) for _ in range(w.num(0, 2))]
     t.lines = put_in(w, noise, sentence(w, rel['tell'], e=s.entity, v=s.value))
 
@@ -313,7 +314,7 @@ def count(w, t, s):
     given = repr(key) if re.search(f"['\"]{re.escape(key)}", t.question) else repr(' '+key)+'.strip()'
     t.keys, t.code = [key], ('import re\n' if mode=='word' else '') + f'key = {given}\n{COUNTERS[mode]}'
 
-# %% ../nbs/11_data.ipynb #683704e4
+# %% ../nbs/11_data.ipynb #b6389889
 MAKERS = dict(needle=needle, entity=entity, phrasing=phrasing, retry=retry, decoy=decoy, error=error, twohop=twohop, count=count, absent=absent)
 def make_task(
     seed, # anything that can be printed
@@ -330,7 +331,7 @@ def make_task(
     if MAKERS[t.family](w, t, s) is False: return make_task(f'{seed}r', words, t.family, n_lines)
     if r.random()<.25: t.question = w.pick('before')+t.question if r.random()<.5 else t.question+w.pick('after')
     text = haystack(w, max(n, len(t.lines)+5), t.lines, style, _extra(w, t, s), t.family!='count' and r.random()<.1)
-    t.answers = [str(_counted(t.code, text))] if t.code else [s.value]
+    t.answers = [str(_counted(t.code, text))] if t.code else [s.value, *s.also]
     t.context = _shaped(w, text) if t.family=='error' else text
     return t
 
