@@ -264,7 +264,11 @@ def llama_error(error:dict)->APIError:
         return APIError(f"The request is longer than the model's context length of {error['n_ctx']} tokens: it has {error['n_prompt_tokens']}.", code='context_length_exceeded', param='messages')
     return APIError(error['message'], status=error.get('code', 500))
 
-# %% ../nbs/09_local.ipynb #00efc28e
+# %% ../nbs/09_local.ipynb #b39898ab
+def _whole_characters(o):
+    "`o` without the halves of characters that JSON can carry and UTF-8 cannot"
+    return json.loads(json.dumps(o, ensure_ascii=False).encode('utf-8', 'replace'))
+
 @patch
 def complete(self:Engine,
     prompt:str, # text in the model's own format
@@ -274,6 +278,7 @@ def complete(self:Engine,
     **sampling, # temperature, max_tokens, grammar, ... as llama.cpp names them
 )->dict: # text, finish_reason, usage
     "Let the model continue `prompt`"
+    req = dict(prompt=prompt, stream=True, return_progress=True, cache_prompt=True, **self._scale(tuned), **sampling)
     text, last, failed = [], {}, []
     def on_chunk(chunk):
         try:
@@ -287,7 +292,7 @@ def complete(self:Engine,
         return bool(failed)
     while not self.lock.acquire(timeout=.2):
         if gone(): raise HungUp
-    try: self.llama.handle_completions(dict(prompt=prompt, stream=True, return_progress=True, cache_prompt=True, **self._scale(tuned), **sampling), on_chunk)
+    try: self.llama.handle_completions(_whole_characters(req), on_chunk)
     finally: self.lock.release()
     if failed: raise failed[0]
     need('usage' in last, 'The model stopped without a reason', status=500)
@@ -296,7 +301,7 @@ def complete(self:Engine,
 @patch
 def _scale(self:Engine, tuned): return dict(lora=[dict(id=0, scale=float(tuned))]) if self.adapter else {}
 
-# %% ../nbs/09_local.ipynb #777e8760
+# %% ../nbs/09_local.ipynb #5f5f159e
 def _check_message(i, m):
     where = dict(param=f'messages[{i}]')
     need(isinstance(m, dict) and m.get('role') in ('system', 'developer', 'user', 'assistant', 'tool'), f'messages[{i}] needs a role: system, developer, user, assistant or tool', **where)
@@ -307,27 +312,41 @@ def _check_message(i, m):
     for c in m.get('tool_calls') or []:
         need(isinstance(c, dict) and isinstance(c.get('function'), dict) and isinstance(c['function'].get('arguments'), str), f'messages[{i}].tool_calls must hold functions with arguments as a string', **where)
 
+_ranges = dict(temperature=(0, 2), top_p=(0, 1), presence_penalty=(-2, 2), frequency_penalty=(-2, 2), seed=(0, 2**32-1), max_tokens=(1, 2**31-1), max_completion_tokens=(1, 2**31-1))
+_whole = 'seed', 'max_tokens', 'max_completion_tokens'
+
+def _check_numbers(req):
+    for name, (low, high) in _ranges.items():
+        x, kinds = req.get(name), (int,) if name in _whole else (int, float)
+        need(x is None or (type(x) in kinds and low <= x <= high), f"{name} must be {'a whole' if name in _whole else 'a'} number from {low} to {high}", param=name)
+
+def _check_fields(req):
+    stop, tools = req.get('stop') or [], req.get('tools') or []
+    need(isinstance(stop, str) or (isinstance(stop, list) and all(isinstance(o, str) for o in stop)), 'stop must be a string or a list of strings', param='stop')
+    need(isinstance(tools, list) and all(isinstance(t, dict) and isinstance(t.get('function'), dict) for t in tools), 'tools must be a list of functions', param='tools')
+    need(isinstance(req.get('stream') or False, bool), 'stream must be true or false', param='stream')
+    need(isinstance(req.get('stream_options') or {}, dict), 'stream_options must be an object', param='stream_options')
+    choice = req.get('tool_choice')
+    need(choice in (None, 'none', 'auto', 'required') or (isinstance(choice, dict) and isinstance(choice.get('function'), dict)), "tool_choice must be 'none', 'auto', 'required' or name a function", param='tool_choice')
+
 def _check_refused(req):
     need(req.get('n') in (None, 1), 'This model gives one choice: n must be 1', param='n')
     need(not req.get('logprobs') and not req.get('top_logprobs'), 'This model does not give logprobs', param='logprobs')
     fmt = req.get('response_format')
     need(not fmt or fmt == dict(type='text'), 'This model does not take a response_format', param='response_format')
-    for name in 'max_tokens', 'max_completion_tokens':
-        need(req.get(name) is None or (type(req[name]) is int and req[name] > 0), f'{name} must be a positive integer', param=name)
 
 def read_request(
     data:bytes, # the body of a POST
 )->dict: # the request, checked
     "An OpenAI chat request"
     try: req = json.loads(data)
-    except ValueError as e: raise APIError(f'The body is not JSON: {e}')
+    except (ValueError, RecursionError) as e: raise APIError(f'The body is not JSON: {e}')
     need(isinstance(req, dict), 'The body must be a JSON object')
     need(req.get('model') == MODEL, f"There is no model {req.get('model')!r} here, only {MODEL!r}", status=404, code='model_not_found', param='model')
     messages = req.get('messages')
     need(isinstance(messages, list) and messages, 'messages must be a list with at least one message', param='messages')
     for i, m in enumerate(messages): _check_message(i, m)
-    need(isinstance(req.get('tools') or [], list) and all(isinstance(t, dict) and isinstance(t.get('function'), dict) for t in req.get('tools') or []), 'tools must be a list of functions', param='tools')
-    _check_refused(req)
+    for check in _check_fields, _check_numbers, _check_refused: check(req)
     return req
 
 # %% ../nbs/09_local.ipynb #b67f6cb3
@@ -341,7 +360,7 @@ def mode_of(req:dict)->str:
     if not is_search(req['messages'], tools): return 'chat'
     return 'call' if must else 'search' if is_search([], tools) else 'end'
 
-# %% ../nbs/09_local.ipynb #22f7e31e
+# %% ../nbs/09_local.ipynb #10d67aaf
 _defaults = dict(chat=dict(temperature=.2, top_p=.9, max_tokens=1024), search=dict(temperature=0, max_tokens=400))
 
 def sampling_of(
@@ -351,7 +370,7 @@ def sampling_of(
     "How the next turn is drawn"
     kw = dict(_defaults['chat' if mode == 'chat' else 'search'])
     names = 'temperature', 'top_p', 'seed', 'presence_penalty', 'frequency_penalty', *(['stop'] if mode == 'chat' else [])
-    kw |= {k: req[k] for k in names if req.get(k) is not None}
+    kw |= {k: req[k] for k in names if req.get(k) not in (None, [])}
     if n := req.get('max_completion_tokens') or req.get('max_tokens'): kw['max_tokens'] = n
     grammar = search_grammar(req['messages'], mode)
     return kw | (dict(grammar=grammar) if grammar else {})
@@ -429,11 +448,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self): self.reply(self.post)
     def send_error(self, code, message=None, explain=None): self.send_json(APIError(message or str(code), status=code).body(), code)
 
-# %% ../nbs/09_local.ipynb #ae8207c5
+# %% ../nbs/09_local.ipynb #632c0129
 @patch
 def send_json(self:Handler, obj, status=200):
     "Send one JSON object"
-    data = json.dumps(obj).encode()
+    data, self.request_version = json.dumps(obj).encode(), self.protocol_version
     self.send_response(status)
     self.send_header('Content-Type', 'application/json')
     self.send_header('Content-Length', str(len(data)))
@@ -456,7 +475,7 @@ def send_event(self:Handler, text):
     data = f'data: {text}\n\n'.encode()
     self.wfile.write(b'%x\r\n%s\r\n' % (len(data), data))
 
-# %% ../nbs/09_local.ipynb #37cb21b1
+# %% ../nbs/09_local.ipynb #0d4b5a61
 @patch
 def read_body(self:Handler)->bytes:
     "The whole body of a POST"
@@ -474,7 +493,7 @@ def read_body(self:Handler)->bytes:
 def check_key(self:Handler):
     "Refuse a request without the right key"
     given = self.headers.get('Authorization', '').removeprefix('Bearer ').strip()
-    need(hmac.compare_digest(given.encode(), self.server.key.encode()), 'Incorrect API key: this server has a key of its own, see `rlm.local`', status=401, code='invalid_api_key')
+    need(hmac.compare_digest(given.encode(), self.server.key.encode()), 'Incorrect API key provided: this server has a key of its own, see `rlm.local`', status=401, code='invalid_api_key')
 
 # %% ../nbs/09_local.ipynb #b292c110
 @patch
