@@ -206,7 +206,7 @@ def cores()->int:
     quota, period = share.read_text().split() if share.exists() else ('max', 1)
     return max(1, n if quota == 'max' else min(n, int(quota) // int(period)))
 
-# %% ../nbs/09_local.ipynb #92193e5a
+# %% ../nbs/09_local.ipynb #fec8e610
 def _params(xl, gguf, adapter, n_ctx, threads):
     p = xl.CommonParams()
     p.model.path, p.n_ctx, p.n_batch, p.n_parallel, p.warmup, p.verbosity = str(gguf), n_ctx, 512, 1, False, 0
@@ -231,6 +231,7 @@ class Engine:
         import xllamacpp as xl
         self.adapter, self.n_ctx, self.lock = adapter, n_ctx, threading.Lock()
         self.llama = xl.Server(_params(xl, gguf, adapter, n_ctx, threads))
+        self.llama.handle_completions(dict(prompt='.', max_tokens=1))
 
 # %% ../nbs/09_local.ipynb #6144a3db
 class APIError(Exception):
