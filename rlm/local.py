@@ -383,7 +383,7 @@ def message_of(
 )->dict: # an OpenAI message
     "The model's turn as an OpenAI message"
     content, code = (text, None) if mode == 'chat' else parse(text)
-    if code is None: return dict(role='assistant', content=content)
+    if code is None: return dict(role='assistant', content=content.replace('FINAL( ', 'FINAL(', 1) if content.startswith('FINAL( ') else content)
     call = dict(id='call_' + secrets.token_hex(8), type='function', function=dict(name=TOOL, arguments=json.dumps(dict(python_code=code))))
     return dict(role='assistant', content=content or None, tool_calls=[call])
 
