@@ -376,14 +376,14 @@ def sampling_of(
     grammar = search_grammar(req['messages'], mode)
     return kw | (dict(grammar=grammar) if grammar else {})
 
-# %% ../nbs/09_local.ipynb #e3da1c41
+# %% ../nbs/09_local.ipynb #17d2233b
 def message_of(
     text:str, # what the model wrote
     mode:str, # a `chat` has no calls
 )->dict: # an OpenAI message
     "The model's turn as an OpenAI message"
     content, code = (text, None) if mode == 'chat' else parse(text)
-    if code is None: return dict(role='assistant', content=content.replace('FINAL( ', 'FINAL(', 1) if content.startswith('FINAL( ') else content)
+    if code is None: return dict(role='assistant', content=re.sub(r'\AFINAL\( ', 'FINAL(', content))
     call = dict(id='call_' + secrets.token_hex(8), type='function', function=dict(name=TOOL, arguments=json.dumps(dict(python_code=code))))
     return dict(role='assistant', content=content or None, tool_calls=[call])
 
