@@ -26,7 +26,7 @@ def serve(gguf, adapter=None):
 def prompt(n):
     "A held-out trace up to its last turn, as the model reads it"
     turns = trace(make_task(n, n_lines=300))
-    return ''.join(f'<|im_start|>{role}\n{text}<|im_end|>\n' for role,text,_ in [('system', T.SYSTEM, False), *turns[:-1]]) + '<|im_start|>assistant\n'
+    return ''.join(f'<|im_start|>{role}\n{text}<|im_end|>\n' for role,text,_ in [('system', T.SEARCH_PROMPT, False), *turns[:-1]]) + '<|im_start|>assistant\n'
 
 def difference(model, tokenizer, server, n=4):
     "Mean absolute difference of the log-probabilities of what llama.cpp writes"
