@@ -428,11 +428,12 @@ def test_local_model_is_one_and_comes_back():
 @pytest.mark.parametrize('end', ['exit', 'kill', 'terminate', 'fork'])
 def test_no_orphan(end):
     "However the parent ends, also when a forked child holds its pipes"
-    fork = "import os, time\nif os.fork() == 0: time.sleep(60); os._exit(0)\n" if end == 'fork' else ''
+    fork = "import os, time\nif os.fork() == 0: print('forked', flush=True); time.sleep(60); os._exit(0)\n" if end == 'fork' else ''
     p = python(START + fork + 'input()', start_new_session=True)
     try:
         pid = int(p.stdout.readline().split()[0])
         assert running(pid)
+        if end == 'fork': assert p.stdout.readline() == 'forked\n'
         if end == 'exit': p.stdin.write('\n'); p.stdin.flush()
         elif end == 'terminate': p.terminate()
         else: p.kill()
