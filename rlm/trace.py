@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['VERSION', 'Trace', 'read_trace', 'RunNode', 'Replay']
 
-# %% ../nbs/02_trace.ipynb #983ff994
+# %% ../nbs/02_trace.ipynb #eef9f263
 import hashlib, json, math, os, threading, time, warnings
-from collections import Counter, defaultdict, deque
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections import defaultdict, deque
+from dataclasses import dataclass, field, fields as fields_of, is_dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from .usage import RLMError, Usage, scrub
 
-# %% ../nbs/02_trace.ipynb #143a9e0b
+# %% ../nbs/02_trace.ipynb #f7c182d4
 VERSION = 1
 _MAX_REPR, _MAX_NESTING = 10_000, 50
 
@@ -30,12 +30,12 @@ def _plain(o, clean, deep=0):
     if isinstance(o, int): return int(o) if o.bit_length()<10_000 else _clip(hex(o))
     if isinstance(o, float): return float(o) if math.isfinite(o) else repr(float(o))
     if deep<_MAX_NESTING:
-        if is_dataclass(o) and not isinstance(o, type): o = asdict(o)
+        if is_dataclass(o) and not isinstance(o, type): o = {f.name: getattr(o, f.name) for f in fields_of(o)}
         if isinstance(o, dict): return {clean(k if isinstance(k, str) else _clip(_repr(k))): _plain(v, clean, deep+1) for k,v in o.items()}
         if isinstance(o, (list, tuple)): return [_plain(v, clean, deep+1) for v in o]
     return clean(_clip(_repr(o)))
 
-# %% ../nbs/02_trace.ipynb #cbf94e4c
+# %% ../nbs/02_trace.ipynb #115511b8
 def _line(event):
     "One event as a line of bytes"
     s = json.dumps(event, ensure_ascii=False, allow_nan=False)
@@ -51,7 +51,7 @@ class Trace:
     ):
         self.path, self.secrets = None if path is None else Path(path), set(secrets)
         self.events, self.listeners = list(events or ()), [] # listeners: called with each event
-        self._lock, self._file, self._before = threading.RLock(), None, Counter()
+        self._lock, self._file, self._before = threading.RLock(), None, defaultdict(deque)
         if self.path:
             if self.path.exists(): self._go_on()
             else: self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,7 @@ class Trace:
     def __getitem__(self, i): return self.events[i]
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
+    def __reduce__(self): return Trace, (None, list(self.events))
 
     def of(self,
         *types:str, # 'reply', 'cell', ...
@@ -81,7 +82,7 @@ def close(self:Trace):
         if self._file: self._file.close()
         self._file = None
 
-# %% ../nbs/02_trace.ipynb #8369f6e1
+# %% ../nbs/02_trace.ipynb #c6c5e9e7
 _exact = {'request', 'reply', 'cell', 'final'}
 _own = 'v', 'n', 't', 'type'
 
@@ -94,12 +95,14 @@ def add(self:Trace,
     if taken := [k for k in _own if k in fields]: raise TypeError(f'a trace event sets {taken[0]!r} itself; name the field otherwise')
     fields = _plain(fields, lambda s: scrub(s, self.secrets, shapes=type not in _exact))
     with self._lock:
-        event = dict(v=VERSION, n=len(self.events), t=time.time(), type=type, **fields)
-        if not ((self._before or 'replayed' in event) and self._repeats(event)):
+        last = self.events[-1].get('n', -1) if self.events else -1
+        event = dict(v=VERSION, n=last+1, t=time.time(), type=type, **fields)
+        told = self._told_before(event) if self._before else None
+        if not (told or event.get('replayed')):
             if self.path: self._write(event)
             self.events.append(event)
-    self._tell(event)
-    return event
+    self._tell(told or event)
+    return told or event
 
 @patch
 def _tell(self:Trace, event):
@@ -134,7 +137,7 @@ def read_trace(
 
 _START = b'{"v": '
 
-# %% ../nbs/02_trace.ipynb #76ded0d5
+# %% ../nbs/02_trace.ipynb #e536d52d
 def _cut_torn(path):
     "End the file after its last whole line"
     with open(path, 'rb+') as f:
@@ -159,15 +162,14 @@ def _go_on(self:Trace):
     "Take in what an old file has"
     self.events += read_trace(self.path)
     _cut_torn(self.path)
-    self._before.update(_identity(e) for e in self.events if e['type'] not in _again)
+    for e in self.events:
+        if e['type'] not in _again: self._before[_identity(e)].append(e)
 
 @patch
-def _repeats(self:Trace, event):
-    "Was `event` written before, in a run that now goes on? It is marked then"
-    same = _identity(event)
-    if known := self._before[same]>0: self._before[same] -= 1
-    if known: event['replayed'] = True
-    return bool(event.get('replayed'))
+def _told_before(self:Trace, event):
+    "The event of the old file that `event` repeats, marked, or None"
+    old = self._before.get(_identity(event))
+    return old.popleft() | dict(replayed=True) if old else None
 
 # %% ../nbs/02_trace.ipynb #e96c98eb
 @patch
@@ -214,12 +216,14 @@ def runs(self:Trace)->list: # of `RunNode`, the roots
         elif e['type'] in ('final', 'error'): node.final = e
     return roots
 
-# %% ../nbs/02_trace.ipynb #987b544b
+# %% ../nbs/02_trace.ipynb #0ed10e12
 def _cell(s, n=60):
     s = ' '.join(str(s).split())
     return (s if len(s)<=n else s[:n-1]+'…').replace('|', '\\|')
 
 def _total(replies, name): return sum((e.get('usage') or {}).get(name) or 0 for e in replies)
+
+def _seconds(end): return f"{s:,.1f}" if isinstance(s := end.get('seconds'), (int, float)) else ''
 
 def _row(deep, node):
     replies = [e for e in node.events if e['type']=='reply']
@@ -227,14 +231,14 @@ def _row(deep, node):
     tokens = _total(replies, 'prompt_tokens') + _total(replies, 'completion_tokens')
     end = node.final or {}
     how = end.get('stop_reason') or end.get('error') or 'not ended'
-    return f"| {'· '*deep}{_cell(node.start.get('query', node.run))} | {_cell(node.start.get('model') or '', 30)} | {turns} | {len(replies)} | {tokens:,} | {_cell(how, 30)} |"
+    return f"| {'· '*deep}{_cell(node.start.get('query', node.run))} | {_cell(node.start.get('model') or '', 30)} | {turns} | {len(replies)} | {tokens:,} | {_seconds(end)} | {_cell(how, 30)} |"
 
 @patch
 def _repr_markdown_(self:Trace):
     rows = [_row(*o) for root in self.runs() for o in root.walk()]
     more = f'\n\n… and {len(rows)-20:,} more runs' if len(rows)>20 else ''
     where = f', written to `{self.path.name}`' if self.path else ''
-    return '\n'.join([f'{len(self):,} events{where}', '', '| run | model | turns | calls | tokens | ended by |', '|---|---|---|---|---|---|', *rows[:20]]) + more
+    return '\n'.join([f'{len(self):,} events{where}', '', '| run | model | turns | calls | tokens | seconds | ended by |', '|---|---|---|---|---|---|---|', *rows[:20]]) + more
 
 # %% ../nbs/02_trace.ipynb #d57485d3
 class Replay:

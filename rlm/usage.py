@@ -190,7 +190,7 @@ def _repr_markdown_(self:TreeUsage):
     failed = f'\n\n{self.failed:,} calls failed' if self.failed else ''
     return '\n'.join([f'| {head}', f'|---{rule}', *rows, f'| all {total}']) + failed
 
-# %% ../nbs/01_usage.ipynb #0f4e9f55
+# %% ../nbs/01_usage.ipynb #7131b71b
 class BudgetExceeded(RLMError):
     "A limit of the run's `Budget` is reached"
     def __init__(self,
@@ -200,7 +200,7 @@ class BudgetExceeded(RLMError):
         if msg is None: msg = ('The run was cancelled: no further model call is sent.' if limit=='cancelled' else
             f"The run's budget of {limit} is used up. Allow more with Budget({limit}=...).")
         super().__init__(limit, msg)
-        self.limit = limit
+        self.limit, self.in_flight = limit, False # in_flight: would it fit, were it not for calls in flight?
     def __str__(self): return self.args[1]
 
 # %% ../nbs/01_usage.ipynb #e0ecbe18
@@ -264,7 +264,7 @@ def reserve(self:Ledger,
         if closing: r.released, self._want, self._kept = (self._want, self._kept), *({k:0 for k in _KINDS} for _ in range(2))
     return r
 
-# %% ../nbs/01_usage.ipynb #1a37d1ca
+# %% ../nbs/01_usage.ipynb #f85378d4
 @patch
 def settle(self:Ledger,
     r:Reservation,
@@ -278,7 +278,7 @@ def settle(self:Ledger,
         r.settled = True
         for k in _KINDS: self._open[k] -= getattr(r, k)
         if not self._open['calls']: self._open['cost'] = 0
-        if usage is None and r.released:
+        if usage is None and r.released and not self._want['calls']:
             self._want, kept = r.released
             self._kept = kept | dict(calls=0)
         self._book(usage, model, depth)
@@ -297,7 +297,7 @@ def replay(self:Ledger,
     "Book a call made before, in a run that now goes on: no limit stops what is paid already"
     with self._lock: self._book(usage, model, depth)
 
-# %% ../nbs/01_usage.ipynb #0be99926
+# %% ../nbs/01_usage.ipynb #6136b7f8
 @patch
 def exceeded(self:Ledger,
     limit:str, # 'tokens', 'cost', 'seconds' or 'calls'
@@ -311,7 +311,9 @@ def exceeded(self:Ledger,
         show = _usd if limit=='cost' else '{:,}'.format
         how = f'{show(self._spent()[limit])} of {show(allowed)} {"" if limit=="cost" else limit+" "}spent, {show(self._open[limit])} more reserved by calls in flight, {show(self._want[limit])} kept for the closing turn'
         if wanted is not None: how += f', and this call asks for {show(wanted)}'
-    return BudgetExceeded(limit, f"The run's budget is used up: {how}. Allow more with Budget({limit}=...).")
+    e = BudgetExceeded(limit, f"The run's budget is used up: {how}. Allow more with Budget({limit}=...).")
+    e.in_flight = limit!='seconds' and self._spent()[limit] + (wanted or 0) + self._want[limit] <= allowed
+    return e
 
 def _margin(seconds): return min(30, .2*seconds)
 
@@ -349,3 +351,13 @@ def left(self:Ledger)->dict: # limit -> what ordinary work may still use
 def cancel(self:Ledger):
     "Refuse every further call, the closing turn too"
     self.cancelled = True
+
+# %% ../nbs/01_usage.ipynb #cabece34
+@patch
+def _repr_markdown_(self:Ledger):
+    rows, left, show = [], self.left(), lambda x: f'{x:,.4g}' if isinstance(x, float) else f'{x:,}'
+    spent, b = self._spent() | dict(seconds=round(self.seconds, 1)), self.budget
+    for k in left:
+        rest = (show(self._open[k]), show(self._want[k])) if k in _KINDS else ('', f'{_margin(b.seconds):g}')
+        rows.append(f'| {k} | {show(getattr(b, k))} | {show(spent[k])} | {rest[0]} | {rest[1]} | {show(left[k])} |')
+    return '\n'.join(['| limit | allowed | spent | in flight | kept for the end | left |', '|---|---|---|---|---|---|', *rows])
