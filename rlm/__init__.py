@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 _home = dict(
     prep_shell='tools', make_run_repl='tools', advanced_toolloop='core', REPL_SYSTEM_PROMPT='prompts',
-    Usage='usage', RLMError='usage', local_model='local', benchmark_vanilla='benchmarks', benchmark_rlm='benchmarks')
+    RLM='rlm', Budget='usage', Usage='usage', RLMError='usage', local_model='local', benchmark_vanilla='benchmarks', benchmark_rlm='benchmarks')
 __all__ = list(_home)
 
 def __getattr__(name):

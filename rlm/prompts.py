@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REPL_SYSTEM_PROMPT', 'SUB_PROMPT', 'FINAL_PROMPT', 'EMPTY_PROMPT', 'NO_END_PROMPT', 'UNCLOSED_PROMPT',
-           'NO_VAR_PROMPT', 'EMPTY_VAR_PROMPT', 'BAD_VAR_PROMPT', 'describe_context', 'code_blocks', 'promised',
-           'prompt_problems']
+           'NO_VAR_PROMPT', 'EMPTY_VAR_PROMPT', 'BAD_VAR_PROMPT', 'BY_TOOL', 'BY_FENCE', 'SUB_CALLS', 'CHILD_RUNS',
+           'RUN_STATE', 'describe_context', 'code_blocks', 'promised', 'prompt_problems', 'signature_of', 'rlm_prompt']
 
 # %% ../nbs/00_prompts.ipynb #f32c33e3
-import ast, builtins, re
+import ast, builtins, inspect, re
 
 # %% ../nbs/00_prompts.ipynb #ae99f183
 REPL_SYSTEM_PROMPT = """You answer a question about a context that may be far too large to read. The context is a variable in a persistent Python REPL. You see only what your code prints.
@@ -113,7 +113,7 @@ def promised(
 )->set: # names
     "Names that a prompt promises, in code blocks or as `name(...)` or `name` in backticks"
     names = set().union(*[_code_names(o) for o in code_blocks(prompt)])
-    return names | set(re.findall(r'`([A-Za-z_]\w*)(?:\([^`]*\))?`', _fence.sub('', prompt)))
+    return names | set(re.findall(r'`([A-Za-z_]\w*)(?:\([^`]*)?`', _fence.sub('', prompt)))
 
 def prompt_problems(
     prompt:str, # a system prompt
@@ -128,3 +128,43 @@ def prompt_problems(
     shown = re.findall(r'^[A-Z_]{3,}\(.*$', _fence.sub('', prompt), re.M)
     if not shown: res.append('the prompt shows no ending on a line of its own')
     return res + [f'the loop does not understand the ending {o!r}' for o in shown if find_final and not find_final(o)]
+
+# %% ../nbs/00_prompts.ipynb #rp000002
+BY_TOOL = """Your tool `run_repl(python_code)` runs one cell and returns what it printed, the value of its last expression, or the error."""
+
+BY_FENCE = """To run code, write one block and stop:
+
+```repl
+print(len(context))
+```
+
+The block is run as one cell, and the next message tells you what it printed, the value of its last expression, or the error. Only the first block of a message is run; what you write after it is not kept."""
+
+SUB_CALLS = """- `llm_query(prompt, model)`: asks another language model, which sees the prompt and nothing else: neither `context` nor your variables nor the question. Put the text and the question into the prompt; some 100,000 characters fit. It returns the answer as a str. The second argument, another model's name, may be left out.
+- `llm_query_batched(prompts)`: asks a list of prompts at the same time and returns the list of answers in the same order. A prompt that failed has an answer that begins with 'ERROR: '."""
+
+CHILD_RUNS = """- `rlm_query(prompt, context)`: hands a question and a piece of data to a run of its own, which looks at it with code as you do; for a piece that is itself too long or too involved for one prompt. It returns the answer as a str.
+- `rlm_query_batched(prompts, contexts)`: many of them at the same time, answers in the same order, failed ones as 'ERROR: ...'."""
+
+RUN_STATE = """- `budget()`: what is left to spend, as a dict. `SHOW_VARS()`: the names of your variables.
+- `FINAL(answer)` and `FINAL_VAR(name)`: they end the run, see below."""
+
+def signature_of(f):
+    "A function as a line of a prompt"
+    doc = ' '.join((inspect.getdoc(f) or 'no description').split())
+    return f"- `{f.__name__}{inspect.signature(f)}`: {doc}"
+
+def rlm_prompt(
+    fenced:bool=False, # no function calling: code comes in fenced blocks
+    tools=(), # the user's functions, found in the REPL
+    output:str='', # what the answer must be, e.g. 'a list of str'
+)->str: # system prompt
+    "What a model is told that drives a run of `RLM`"
+    head, rest = REPL_SYSTEM_PROMPT.split('Your tool `run_repl', 1)
+    cells, ends = rest.split(' or the error. ', 1)[1].split('The REPL holds:', 1)
+    end = 'End the run in one of two ways' + ends.split('End the run in one of two ways', 1)[1]
+    end = end.replace('notes = llm_query([f"', 'notes = llm_query_batched([f"')
+    held = ['- `context`: the context. Its type and size stand at the end of this message.', SUB_CALLS, CHILD_RUNS, *map(signature_of, tools), RUN_STATE]
+    must = f'The answer must be {output}: build it in a variable and end with FINAL_VAR, or write it as JSON in FINAL.' if output else ''
+    parts = [head + (BY_FENCE if fenced else BY_TOOL) + ' ' + cells.strip(), 'The REPL holds:\n' + '\n'.join(held), must, end]
+    return '\n\n'.join(o.strip() for o in parts if o)

@@ -85,6 +85,7 @@ class REPL:
     def get(self, name:str): raise NotImplementedError
     def put(self, name:str, value): raise NotImplementedError
     def names(self)->list[str]: raise NotImplementedError
+    def stop(self): pass
     def close(self): pass
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
@@ -510,6 +511,11 @@ def names(self:ProcessREPL):
     return list(self._names)
 
 @patch
+def stop(self:ProcessREPL):
+    "End the running cell, from another thread"
+    self._proc.kill()
+
+@patch
 def close(self:ProcessREPL):
     "End the child and everything it started"
     self._end()
@@ -737,7 +743,8 @@ def _feed(self:MontyREPL, code, said=None, **kw):
 _ended = 'RuntimeError: the process of the REPL ended'
 
 @patch
-def _kill(self:MontyREPL):
+def stop(self:MontyREPL):
+    "End the running cell, from another thread"
     self._killed = True
     with suppress(ProcessLookupError): os.kill(self._pid, signal.SIGKILL)
 
@@ -753,7 +760,7 @@ def run(self:MontyREPL,
         if not self._end.alive: self._start()
         self._n, self._final, self._interrupt = self._n+1, None, None
         source = self._read(code)
-        timer = threading.Timer(limit, self._kill)
+        timer = threading.Timer(limit, self.stop)
         timer.daemon = True
         timer.start()
         try:
