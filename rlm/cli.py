@@ -317,9 +317,8 @@ def _serve_options(p):
 
 # %% ../nbs/13_cli.ipynb #f2c334ab
 def _expected(e):
-    from rlm.local import LocalModelError
     from rlm.usage import RLMError
-    return isinstance(e, (UsageError, RLMError, LocalModelError))
+    return isinstance(e, (UsageError, RLMError))
 
 def main(
     argv:list=None, # arguments; None: those of the process
