@@ -35,12 +35,29 @@ def _plain(o, clean, deep=0):
         if isinstance(o, (list, tuple)): return [_plain(v, clean, deep+1) for v in o]
     return clean(_clip(_repr(o)))
 
-# %% ../nbs/02_trace.ipynb #115511b8
+# %% ../nbs/02_trace.ipynb #e242e05e
 def _line(event):
     "One event as a line of bytes"
     s = json.dumps(event, ensure_ascii=False, allow_nan=False)
     try: return s.encode() + b'\n'
     except UnicodeEncodeError: return json.dumps(event, allow_nan=False).encode() + b'\n'
+
+def _parse(line):
+    "The event on a line, or None"
+    try: e = json.loads(line)
+    except (ValueError, RecursionError): return None
+    return e if isinstance(e, dict) and isinstance(e.get('type'), str) and type(e.get('v')) is int else None
+
+def _cut_torn(path):
+    "End the file after its last whole line"
+    with open(path, 'rb+') as f:
+        end = 0
+        for line in f:
+            if not line.endswith(b'\n'): break
+            end += len(line)
+        else: return
+        if _parse(line): f.write(b'\n')
+        else: f.truncate(end)
 
 class Trace:
     "The events of a run tree, kept in memory and, given a path, written to a file as they happen"
@@ -53,7 +70,7 @@ class Trace:
         self.events, self.listeners = list(events or ()), [] # listeners: called with each event
         self._lock, self._file, self._before = threading.RLock(), None, defaultdict(deque)
         if self.path:
-            if self.path.exists(): self._go_on()
+            if self.path.is_file(): self._go_on()
             else: self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __iter__(self): return iter(list(self.events))
@@ -71,9 +88,14 @@ class Trace:
 
 @patch
 def _write(self:Trace, event):
-    if self._file is None: self._file = open(self.path, 'ab')
-    self._file.write(_line(event))
-    self._file.flush()
+    left = memoryview(_line(event))
+    try:
+        if self._file is None: self._file = open(self.path, 'ab', buffering=0)
+        while left: left = left[self._file.write(left):]
+    except OSError as e:
+        self.close()
+        if self.path.is_file(): _cut_torn(self.path)
+        raise RLMError(f'The trace cannot be written to {self.path}: {e.strerror}. Make room there, or give another path') from e
 
 @patch
 def close(self:Trace):
@@ -82,8 +104,8 @@ def close(self:Trace):
         if self._file: self._file.close()
         self._file = None
 
-# %% ../nbs/02_trace.ipynb #c6c5e9e7
-_exact = {'request', 'reply', 'cell', 'final'}
+# %% ../nbs/02_trace.ipynb #ad0f1710
+_exact = {'run', 'request', 'reply', 'cell', 'final'}
 _own = 'v', 'n', 't', 'type'
 
 @patch
@@ -93,7 +115,8 @@ def add(self:Trace,
 )->dict: # the event
     "Note an event"
     if taken := [k for k in _own if k in fields]: raise TypeError(f'a trace event sets {taken[0]!r} itself; name the field otherwise')
-    fields = _plain(fields, lambda s: scrub(s, self.secrets, shapes=type not in _exact))
+    secrets = tuple(self.secrets)
+    fields = _plain(fields, lambda s: scrub(s, secrets, shapes=type not in _exact))
     with self._lock:
         last = self.events[-1].get('n', -1) if self.events else -1
         event = dict(v=VERSION, n=last+1, t=time.time(), type=type, **fields)
@@ -112,13 +135,7 @@ def _tell(self:Trace, event):
             self.listeners.remove(f)
             warnings.warn(f'a listener of the trace raised {e!r} and hears no more', stacklevel=3)
 
-# %% ../nbs/02_trace.ipynb #5779d439
-def _parse(line):
-    "The event on a line, or None"
-    try: e = json.loads(line)
-    except (ValueError, RecursionError): return None
-    return e if isinstance(e, dict) and isinstance(e.get('type'), str) and type(e.get('v')) is int else None
-
+# %% ../nbs/02_trace.ipynb #41bb1526
 def _check_version(e, path):
     if e['v']>VERSION:
         raise RLMError(f"{path} was written in version {e['v']} of the trace format; this rlm reads up to {VERSION}. Upgrade: pip install -U rlm")
@@ -137,18 +154,7 @@ def read_trace(
 
 _START = b'{"v": '
 
-# %% ../nbs/02_trace.ipynb #e536d52d
-def _cut_torn(path):
-    "End the file after its last whole line"
-    with open(path, 'rb+') as f:
-        end = 0
-        for line in f:
-            if not line.endswith(b'\n'): break
-            end += len(line)
-        else: return
-        if _parse(line): f.write(b'\n')
-        else: f.truncate(end)
-
+# %% ../nbs/02_trace.ipynb #042adb76
 _volatile = {*_own, 'seconds', 'left', 'attempts', 'replayed'}
 _again = {'request', 'failed', 'error'}
 
@@ -183,7 +189,7 @@ def save(self:Trace,
     with open(new, 'wb') as f: f.writelines(map(_line, self))
     return new.replace(path)
 
-# %% ../nbs/02_trace.ipynb #162fd3c6
+# %% ../nbs/02_trace.ipynb #ae4250fd
 @dataclass(repr=False)
 class RunNode:
     "One run of a trace"
@@ -205,7 +211,7 @@ def runs(self:Trace)->list: # of `RunNode`, the roots
     "The trace as a tree of runs"
     nodes, roots = {}, []
     for e in self:
-        if (run := e.get('run')) is None: continue
+        if not isinstance(run := e.get('run'), str): continue
         if new := run not in nodes: nodes[run] = RunNode(run)
         node = nodes[run]
         if new:
@@ -216,14 +222,17 @@ def runs(self:Trace)->list: # of `RunNode`, the roots
         elif e['type'] in ('final', 'error'): node.final = e
     return roots
 
-# %% ../nbs/02_trace.ipynb #0ed10e12
+# %% ../nbs/02_trace.ipynb #4860a1ef
 def _cell(s, n=60):
     s = ' '.join(str(s).split())
     return (s if len(s)<=n else s[:n-1]+'…').replace('|', '\\|')
 
 def _total(replies, name): return sum((e.get('usage') or {}).get(name) or 0 for e in replies)
 
-def _seconds(end): return f"{s:,.1f}" if isinstance(s := end.get('seconds'), (int, float)) else ''
+def _seconds(node):
+    if (end := node.final) is None: return ''
+    s = end.get('seconds')
+    return f"{end.get('t', 0) - node.start.get('t', 0) if s is None else s:,.1f}"
 
 def _row(deep, node):
     replies = [e for e in node.events if e['type']=='reply']
@@ -231,7 +240,7 @@ def _row(deep, node):
     tokens = _total(replies, 'prompt_tokens') + _total(replies, 'completion_tokens')
     end = node.final or {}
     how = end.get('stop_reason') or end.get('error') or 'not ended'
-    return f"| {'· '*deep}{_cell(node.start.get('query', node.run))} | {_cell(node.start.get('model') or '', 30)} | {turns} | {len(replies)} | {tokens:,} | {_seconds(end)} | {_cell(how, 30)} |"
+    return f"| {'· '*deep}{_cell(node.start.get('query', node.run))} | {_cell(node.start.get('model') or '', 30)} | {turns} | {len(replies)} | {tokens:,} | {_seconds(node)} | {_cell(how, 30)} |"
 
 @patch
 def _repr_markdown_(self:Trace):

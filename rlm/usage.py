@@ -264,7 +264,7 @@ def reserve(self:Ledger,
         if closing: r.released, self._want, self._kept = (self._want, self._kept), *({k:0 for k in _KINDS} for _ in range(2))
     return r
 
-# %% ../nbs/01_usage.ipynb #f85378d4
+# %% ../nbs/01_usage.ipynb #1e312c8e
 @patch
 def settle(self:Ledger,
     r:Reservation,
@@ -286,7 +286,7 @@ def settle(self:Ledger,
 @patch
 def _book(self:Ledger, usage, model, depth):
     if usage is None: self._used.failed += 1
-    else: self._used.add(TreeUsage(*_values(usage), by_model={model:usage.copy()}, by_depth={depth:usage.copy()}))
+    else: self._used.add(TreeUsage(*_values(usage), by_model={model:usage}, by_depth={depth:usage}))
 
 @patch
 def replay(self:Ledger,
