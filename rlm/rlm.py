@@ -111,9 +111,12 @@ def target(self:RLM,
 
 # %% ../nbs/07_rlm.ipynb #68f78add
 def response_of(m, name):
-    "A LiteLLM response around a message; what it cost is not known"
+    "A LiteLLM response around a message, with the `usage` and the `cost` that the message tells, if any"
     calls = m.get('tool_calls') or None
-    return _litellm().ModelResponse(model=name, choices=[dict(index=0, finish_reason='tool_calls' if calls else 'stop', message=dict(role='assistant', content=m.get('content'), tool_calls=calls))])
+    msg = dict(role='assistant', content=m.get('content'), tool_calls=calls) | {k:m[k] for k in ('thinking_blocks', 'reasoning_content') if m.get(k)}
+    r = _litellm().ModelResponse(model=name, choices=[dict(index=0, finish_reason=m.get('finish_reason') or ('tool_calls' if calls else 'stop'), message=msg)], **{k:m[k] for k in ('usage',) if m.get(k)})
+    if m.get('cost'): r._hidden_params['response_cost'] = m['cost']
+    return r
 
 def model_window(
     model, # as in `chat`
