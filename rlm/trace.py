@@ -35,7 +35,7 @@ def _plain(o, clean, deep=0):
         if isinstance(o, (list, tuple)): return [_plain(v, clean, deep+1) for v in o]
     return clean(_clip(_repr(o)))
 
-# %% ../nbs/02_trace.ipynb #e242e05e
+# %% ../nbs/02_trace.ipynb #f2eab98b
 def _line(event):
     "One event as a line of bytes"
     s = json.dumps(event, ensure_ascii=False, allow_nan=False)
@@ -65,8 +65,9 @@ class Trace:
         path=None, # a file in JSON lines; if there is one already, the trace goes on at its end
         events=None, # events to start with, as `read_trace` gives them
         secrets=(), # texts that must not be written
+        clock=time.time, # seconds since 1970
     ):
-        self.path, self.secrets = None if path is None else Path(path), set(secrets)
+        self.path, self.secrets, self.clock = None if path is None else Path(path), set(secrets), clock
         self.events, self.listeners = list(events or ()), [] # listeners: called with each event
         self._lock, self._file, self._before = threading.RLock(), None, defaultdict(deque)
         if self.path:
@@ -76,6 +77,7 @@ class Trace:
     def __iter__(self): return iter(list(self.events))
     def __len__(self): return len(self.events)
     def __getitem__(self, i): return self.events[i]
+    def __repr__(self): return f'<{len(self):,} events{f", {self.path.name}" if self.path else ""}>'
     def __enter__(self): return self
     def __exit__(self, *args): self.close()
     def __reduce__(self): return Trace, (None, list(self.events))
@@ -104,7 +106,7 @@ def close(self:Trace):
         if self._file: self._file.close()
         self._file = None
 
-# %% ../nbs/02_trace.ipynb #ad0f1710
+# %% ../nbs/02_trace.ipynb #034647af
 _exact = {'run', 'request', 'reply', 'cell', 'final'}
 _own = 'v', 'n', 't', 'type'
 
@@ -119,7 +121,7 @@ def add(self:Trace,
     fields = _plain(fields, lambda s: scrub(s, secrets, shapes=type not in _exact))
     with self._lock:
         last = self.events[-1].get('n', -1) if self.events else -1
-        event = dict(v=VERSION, n=last+1, t=time.time(), type=type, **fields)
+        event = dict(v=VERSION, n=last+1, t=self.clock(), type=type, **fields)
         told = self._told_before(event) if self._before else None
         if not (told or event.get('replayed')):
             if self.path: self._write(event)
@@ -189,7 +191,7 @@ def save(self:Trace,
     with open(new, 'wb') as f: f.writelines(map(_line, self))
     return new.replace(path)
 
-# %% ../nbs/02_trace.ipynb #ae4250fd
+# %% ../nbs/02_trace.ipynb #fadbbbf6
 @dataclass(repr=False)
 class RunNode:
     "One run of a trace"
@@ -218,7 +220,7 @@ def runs(self:Trace)->list: # of `RunNode`, the roots
             parent = nodes.get(e.get('parent')) if e['type']=='run' and e.get('parent')!=run else None
             (parent.children if parent else roots).append(node)
         node.events.append(e)
-        if e['type']=='run': node.start = e
+        if e['type']=='run': node.start, node.final = e, None
         elif e['type'] in ('final', 'error'): node.final = e
     return roots
 
@@ -249,7 +251,7 @@ def _repr_markdown_(self:Trace):
     where = f', written to `{self.path.name}`' if self.path else ''
     return '\n'.join([f'{len(self):,} events{where}', '', '| run | model | turns | calls | tokens | seconds | ended by |', '|---|---|---|---|---|---|---|', *rows[:20]]) + more
 
-# %% ../nbs/02_trace.ipynb #d57485d3
+# %% ../nbs/02_trace.ipynb #2bdb0417
 class Replay:
     "What an earlier trace has of a run that goes on"
     def __init__(self,
@@ -264,7 +266,9 @@ class Replay:
         if kind=='reply': self._replies[e.get('key')].append(e)
         elif kind=='cell': self._cells[run, e.get('step')][e.get('index')] = e
         elif kind=='final': self.finals[run] = e
-        elif kind=='run' and e.get('parent') is None: self.root = e
+        elif kind=='run':
+            self.finals.pop(run, None)
+            if e.get('parent') is None: self.root = e
 
     def __len__(self): return sum(map(len, self._replies.values()))
 
