@@ -1,5 +1,5 @@
 "One ledger for a whole tree: what is spent never passes the limits by more than the calls in flight came back larger than they had said"
-import random, threading, time
+import random, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -175,3 +175,12 @@ def test_the_error_is_one_of_the_package_and_names_the_fix():
     ledger = Ledger(Budget(tokens=10))
     with pytest.raises(RLMError, match=r'0 of 10 tokens spent.*asks for 11.*Allow more with Budget\(tokens=\.\.\.\)') as e: ledger.reserve(11)
     assert (e.value.limit, e.value.in_flight, e.value.trace) == ('tokens', False, None)
+
+def test_a_tree_usage_adds_up_from_many_threads():
+    total, one = TreeUsage(), TreeUsage(1, 5, 5, by_model=dict(m=Usage(1, 5, 5)), by_depth={1: Usage(1, 5, 5)})
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool: list(pool.map(lambda _: total.add(one), range(400)))
+    finally: sys.setswitchinterval(before)
+    assert total.calls == total.by_model['m'].calls == total.by_depth[1].calls == 400
