@@ -35,7 +35,7 @@ def _plain(o, clean, deep=0):
         if isinstance(o, (list, tuple)): return [_plain(v, clean, deep+1) for v in o]
     return clean(_clip(_repr(o)))
 
-# %% ../nbs/02_trace.ipynb #f2eab98b
+# %% ../nbs/02_trace.ipynb #58e32e94
 def _line(event):
     "One event as a line of bytes"
     s = json.dumps(event, ensure_ascii=False, allow_nan=False)
@@ -76,6 +76,7 @@ class Trace:
 
     def __iter__(self): return iter(list(self.events))
     def __len__(self): return len(self.events)
+    def __bool__(self): return True
     def __getitem__(self, i): return self.events[i]
     def __repr__(self): return f'<{len(self):,} events{f", {self.path.name}" if self.path else ""}>'
     def __enter__(self): return self
@@ -224,7 +225,7 @@ def runs(self:Trace)->list: # of `RunNode`, the roots
         elif e['type'] in ('final', 'error'): node.final = e
     return roots
 
-# %% ../nbs/02_trace.ipynb #4860a1ef
+# %% ../nbs/02_trace.ipynb #1ce4cace
 def _cell(s, n=60):
     s = ' '.join(str(s).split())
     return (s if len(s)<=n else s[:n-1]+'…').replace('|', '\\|')
@@ -241,7 +242,7 @@ def _row(deep, node):
     turns = len({e.get('step') for e in replies if e.get('kind')=='root'})
     tokens = _total(replies, 'prompt_tokens') + _total(replies, 'completion_tokens')
     end = node.final or {}
-    how = end.get('stop_reason') or end.get('error') or 'not ended'
+    how = end.get('stop_reason') or end.get('error') or end.get('type', 'not ended')
     return f"| {'· '*deep}{_cell(node.start.get('query', node.run))} | {_cell(node.start.get('model') or '', 30)} | {turns} | {len(replies)} | {tokens:,} | {_seconds(node)} | {_cell(how, 30)} |"
 
 @patch
@@ -251,7 +252,7 @@ def _repr_markdown_(self:Trace):
     where = f', written to `{self.path.name}`' if self.path else ''
     return '\n'.join([f'{len(self):,} events{where}', '', '| run | model | turns | calls | tokens | seconds | ended by |', '|---|---|---|---|---|---|---|', *rows[:20]]) + more
 
-# %% ../nbs/02_trace.ipynb #2bdb0417
+# %% ../nbs/02_trace.ipynb #8d888617
 class Replay:
     "What an earlier trace has of a run that goes on"
     def __init__(self,
@@ -271,6 +272,7 @@ class Replay:
             if e.get('parent') is None: self.root = e
 
     def __len__(self): return sum(map(len, self._replies.values()))
+    def __bool__(self): return True
 
     def take(self,
         key:str, # of the call
