@@ -1,5 +1,5 @@
 "A real HTTP server on loopback that speaks the OpenAI chat protocol from a script: replies, faults, delays, hangs, torn bodies"
-import json, socket, threading
+import asyncio, json, socket, subprocess, sys, threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -37,6 +37,9 @@ def code(*cells, content=None): return message(content, [('run_repl', dict(pytho
 def error(status, text, code=None, **kw): return Reply(dict(error=dict(message=text, type='error', code=code)), status, **kw)
 def hang(seconds=30): return Reply(message('too late'), delay=seconds)
 def torn(): return Reply(message('torn in the middle'), torn=True)
+
+
+class _Server(ThreadingHTTPServer): request_queue_size = 256 # a batch connects at once
 
 
 class ScriptedServer:
@@ -81,7 +84,7 @@ class ScriptedServer:
                     self.wfile.write(out[:len(out)//2] if r.torn else out)
                 except (BrokenPipeError, ConnectionResetError): pass
                 if r.torn: self.close_connection = True
-        self.httpd = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+        self.httpd = _Server(('127.0.0.1', 0), Handler)
         self.httpd.daemon_threads = True
         threading.Thread(target=self.httpd.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
         return self
@@ -102,3 +105,35 @@ def closed_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
+
+
+class SteadyServer:
+    "Gives the same answer to everyone after `delay` seconds, in a process of its own: for measurements, which must not share an interpreter with it"
+    def __init__(self, delay): self.delay = delay
+    def __enter__(self):
+        self.proc = subprocess.Popen([sys.executable, __file__, str(self.delay)], stdout=subprocess.PIPE, text=True)
+        self.url = f'http://127.0.0.1:{int(self.proc.stdout.readline())}/v1'
+        return self
+    def __exit__(self, *exc):
+        self.proc.kill()
+        self.proc.wait()
+        self.proc.stdout.close()
+
+
+async def _steady(reader, writer, delay):
+    body = json.dumps(message('steady')).encode()
+    try:
+        while head := await reader.readuntil(b'\r\n\r\n'):
+            await reader.readexactly(next(int(o.split(b':')[1]) for o in head.lower().split(b'\r\n') if o.startswith(b'content-length:')))
+            await asyncio.sleep(delay)
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b' % (len(body), body))
+    except (asyncio.IncompleteReadError, ConnectionError): writer.close()
+
+
+async def _serve(delay):
+    server = await asyncio.start_server(lambda r, w: _steady(r, w, delay), '127.0.0.1', 0, backlog=2048)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == '__main__': asyncio.run(_serve(float(sys.argv[1])))
