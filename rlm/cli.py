@@ -219,8 +219,8 @@ def held_out(
 def bench(
     args, # parsed: `what`, `n`, `seed`, `family`, `lines`, `json` and the model's
 )->int: # exit code
-    "Score a model, or measure the kinds of REPL"
-    if args.what == 'repl': return _bench_repl(args)
+    "Score a model, or measure the kinds of REPL or the loop"
+    if args.what in ('repl', 'loop'): return _bench_parts(args)
     from rlm.benchmarks import benchmark_tasks, real_questions
     if args.json: _writable(args.json)
     if args.what == 'tasks': n, about, make = args.n or 400, dict(seed=args.seed), lambda: held_out(n, args.seed, args.family, args.lines)
@@ -233,14 +233,19 @@ def bench(
     print(score)
     return 0
 
-def _bench_repl(args):
-    from rlm.repl_bench import bench_repl
+def _bench_parts(args):
     if args.json: _writable(args.json)
-    screen = Screen(sys.stderr)
-    table = bench_repl(progress=lambda row: screen.say(f"{row['REPL']} done"))
-    if args.json: Path(args.json).write_text(json.dumps(table, indent=1) + '\n', encoding='utf-8')
+    table = _measured(args, Screen(sys.stderr))
+    if args.json: Path(args.json).write_text(json.dumps(getattr(table, 'as_dict', table), indent=1) + '\n', encoding='utf-8')
     print(table)
     return 0
+
+def _measured(args, screen):
+    from rlm.loop_bench import bench_loop
+    from rlm.repl_bench import bench_repl
+    if args.turns < 2: raise UsageError('--turns must be at least 2')
+    if args.what == 'repl': return bench_repl(progress=lambda row: screen.say(f"{row['REPL']} done"))
+    return bench_loop(args.turns, args.calls, peer=args.peer, progress=screen.say)
 
 def _writable(path):
     try: open(path, 'a').close()
@@ -300,13 +305,16 @@ def _ask_options(p):
     _model_options(p, 50)
 
 def _bench_options(p):
-    p.add_argument('what', choices=['tasks', 'questions', 'repl'], help='generated tasks, hand-written questions over real text, or the kinds of REPL')
+    p.add_argument('what', choices=['tasks', 'questions', 'repl', 'loop'], help='generated tasks, hand-written questions over real text, the kinds of REPL, or the loop itself')
     p.add_argument('-n', type=_count, help='how many (tasks: 400; questions: all)')
     p.add_argument('--seed', type=int, default=0, help='of the first generated task (0)')
     p.add_argument('--family', help='only this family of generated tasks')
     p.add_argument('--lines', type=_count, help='lines of each generated task; default: mixed')
     p.add_argument('--untuned', action='store_true', help='the bundled model without its adapter')
     p.add_argument('--adapter', metavar='FILE', help='the bundled model with this adapter')
+    p.add_argument('--turns', type=_count, default=20, help='loop: turns of a run (20)')
+    p.add_argument('--calls', type=_count, default=1000, help='loop: sub-calls of a batch (1,000)')
+    p.add_argument('--peer', metavar='PYTHON', help='loop: a Python that has the package rlms, to measure it beside')
     p.add_argument('--json', metavar='FILE', help='write the score and every row')
     _model_options(p, 20)
 
