@@ -191,9 +191,7 @@ def _name(model): return model if isinstance(model, str) else getattr(model, 'na
 
 async def _answer(messages, model=None, base_url=None, api_key=None, timeout=600, **kw):
     "One attempt: the response, and its cost or None"
-    if callable(model):
-        r = await _within(_aside(model, copy.deepcopy(messages), **kw), timeout, _name(model))
-        return r, _cost(r) or 0.
+    if callable(model): return await _within(_aside(model, copy.deepcopy(messages), **kw), timeout, _name(model)), 0.
     to = dict(model=model, base_url=base_url, api_key=api_key) if model else await _aside(_bundled, base_url, api_key)
     r = await _within(_ask(messages, timeout=timeout, **to, **kw), timeout, _name(model))
     return r, _cost(r) if model else 0.
@@ -213,7 +211,7 @@ async def _retrying(attempt, num_retries, may_wait):
             if n>num_retries or not may_wait(wait := _pause(e, n)): raise
         await asyncio.sleep(wait)
 
-# %% ../nbs/03_models.ipynb #f58a6d3c
+# %% ../nbs/03_models.ipynb #bcea2e29
 def _counted(usage, r, cost):
     if usage is not None: usage.add(response_usage(r, cost))
     return r
@@ -232,7 +230,7 @@ async def achat(
     "Ask a model, in `async` code"
     if tools: kw['tools'] = tools
     attempt = lambda n: _answer(messages, model, base_url, api_key, timeout, **kw)
-    return _counted(usage, *await _there(_retrying(attempt, 0 if callable(model) else num_retries, lambda wait: wait<=timeout)))
+    return _counted(usage, *await _there(_retrying(attempt, 0 if callable(model) else num_retries, lambda wait: timeout is None or wait<=timeout)))
 
 def chat(
     messages:list, # OpenAI messages

@@ -96,16 +96,19 @@ def test_the_place_in_the_tree_is_not_sent(model):
     assert 'metadata' not in s.requests[0] and b'run-17' not in s.raw[0] and s.requests[0]['temperature'] == 0
 
 def test_callbacks_find_the_place_in_the_tree():
+    chat(HI, model='openai/x', mock_response='LiteLLM is loaded')
     import litellm
     heard, done = [], threading.Event()
-    def hear(kw, *a):
+    async def hear(kw, *a):
         heard.append(kw['litellm_params']['metadata'])
         done.set()
     litellm.success_callback.append(hear)
     try:
         with ScriptedServer('hello') as s: Door().call(HI, to(s), run='run-17', depth=2, step=3, kind='sub', metadata=dict(team='a'))
         assert done.wait(10)
-    finally: litellm.success_callback.remove(hear)
+    finally:
+        for hooks in (litellm.success_callback, litellm._async_success_callback):
+            if hear in hooks: hooks.remove(hear)
     assert {k: heard[0][k] for k in ('run', 'depth', 'step', 'kind', 'team')} == dict(run='run-17', depth=2, step=3, kind='sub', team='a')
 
 def test_what_is_written_down(tmp_path):
@@ -313,6 +316,7 @@ def test_a_batch_is_about_as_fast_as_litellm_alone(tmp_path):
         t0 = time.perf_counter()
         assert len([r for r in f() if said(r) == 'steady']) == n
         return time.perf_counter() - t0
+    chat(HI, model='openai/x', mock_response='LiteLLM is loaded')
     with SteadyServer(.1) as s:
         on_loop(bare(s, 20, 20))
         ratios = []
