@@ -113,15 +113,15 @@ def reuse(
     def share(a, b): return len(os.path.commonprefix([a[0], b[0]]))/len(a[0]) if a[1]==b[1] else 0.
     return min(share(a, b) for a,b in zip(parts, parts[1:]))
 
-# %% ../nbs/07b_loop_bench.ipynb #be86b4e2
+# %% ../nbs/07b_loop_bench.ipynb #ad9243da
 def bare_calls(
     url:str, # of the server
     noted:list, # of a run: whose messages are sent
     model:str, # under which name
 ):
     "Send the requests of a run again, one after the other, by LiteLLM alone"
-    import litellm
-    from rlm.models import on_loop
+    from rlm.models import _litellm, on_loop
+    litellm = _litellm()
     bodies = [json.loads(body) for _,_,body in noted]
     async def go():
         for o in bodies: await litellm.acompletion(model=f'openai/{model}', messages=o['messages'], tools=o['tools'], api_base=url, api_key='none', max_retries=0)
@@ -147,15 +147,15 @@ def bench_turns(
     ms = lambda xs: round(median(xs)*1000, 3)
     return dict(n=len(run), turn=ms(run), bare=ms(bare), beyond=ms(beyond), cell=ms(cells), repeated=min(shares))
 
-# %% ../nbs/07b_loop_bench.ipynb #cc1e9440
+# %% ../nbs/07b_loop_bench.ipynb #eb2652d7
 def bare_batch(
     url:str, # of the server
     calls:int, # how many
     limit:int=100, # at the same time
 )->float: # seconds
     "Sub-calls of 100 ms by `asyncio.gather` and LiteLLM alone"
-    import litellm
-    from rlm.models import on_loop
+    from rlm.models import _litellm, on_loop
+    litellm = _litellm()
     from rlm.prompts import SUB_PROMPT
     async def go():
         free = asyncio.Semaphore(limit)
@@ -244,7 +244,7 @@ class LoopTable(list):
         return '\n'.join(f"| {' | '.join(o)} |" for o in rows) + f'\n\n{self.about}'
     __str__ = _repr_markdown_
 
-# %% ../nbs/07b_loop_bench.ipynb #e3c2dbfe
+# %% ../nbs/07b_loop_bench.ipynb #43bfc819
 def _row(name, calls, d, bare):
     "A row of the table"
     times = d.get('batch') and d['batch']/bare
@@ -261,7 +261,6 @@ def bench_loop(
 )->LoopTable:
     "Measure the loop on this machine"
     if turns<2: raise ValueError('turns= must be at least 2: a gap lies between two requests')
-    import litellm
     from importlib.metadata import version
     say = progress or (lambda line: None)
     with scripted_server() as url:
