@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBS', 'cell_for', 'answer_to', 'Scripted', 'serve_script', 'scripted_server', 'requests_of', 'gaps', 'reuse',
-           'bare_calls', 'bench_turns', 'bare_batch', 'bench_batch', 'peer_rlms', 'bench_peer', 'machine', 'LoopTable',
-           'bench_loop']
+           'bare_calls', 'bench_turns', 'instant', 'bench_alone', 'bare_batch', 'bench_batch', 'peer_rlms',
+           'bench_peer', 'machine', 'LoopTable', 'bench_loop']
 
 # %% ../nbs/07b_loop_bench.ipynb #d7412154
 import asyncio, inspect, json, os, platform, re, subprocess, sys, tempfile, time, urllib.request
@@ -147,7 +147,37 @@ def bench_turns(
     ms = lambda xs: round(median(xs)*1000, 3)
     return dict(n=len(run), turn=ms(run), bare=ms(bare), beyond=ms(beyond), cell=ms(cells), repeated=min(shares))
 
-# %% ../nbs/07b_loop_bench.ipynb #eb2652d7
+# %% ../nbs/07b_loop_bench.ipynb #638431d3
+@contextmanager
+def instant():
+    "LiteLLM's call answers at once; gives the list of seconds that this took"
+    from rlm.models import _litellm
+    litellm, seen, took = _litellm(), {}, []
+    async def answer(model, tools=None, **kw):
+        t0, seen[model] = time.perf_counter(), seen.get(model, -1) + 1
+        r = litellm.ModelResponse(**answer_to(dict(model=model.removeprefix('openai/'), tools=tools), seen[model]))
+        took.append(time.perf_counter() - t0)
+        return r
+    real, litellm.acompletion = litellm.acompletion, answer
+    try: yield took
+    finally: litellm.acompletion = real
+
+def bench_alone(
+    repl:str, # kind of REPL
+    turns:int, # of a run
+    rounds:int, # runs
+)->float: # milliseconds
+    "What a turn takes without the LiteLLM call"
+    from rlm.rlm import RLM
+    found = []
+    with instant() as took:
+        for i in range(rounds):
+            res = RLM(f'openai/turns-{turns}.{repl}.{i}', base_url='http://127.0.0.1:1/v1', api_key='none', repl=repl, max_iterations=turns+1, protocol='tools').completion('Go on.', 'some text')
+            starts = [e['t'] for e in res.trace.of('request')]
+            found += [b-a for a,b in zip(starts, starts[1:])]
+    return round((median(found) - median(took))*1000, 3)
+
+# %% ../nbs/07b_loop_bench.ipynb #68c699be
 def bare_batch(
     url:str, # of the server
     calls:int, # how many
@@ -182,7 +212,7 @@ def bench_batch(
     assert got==(calls, f'9 {calls} 1'), f'{calls} sub-calls were to be made and answered: {got}'
     return gaps(requests_of(url, model))[0]
 
-# %% ../nbs/07b_loop_bench.ipynb #4e7d45ab
+# %% ../nbs/07b_loop_bench.ipynb #121888cb
 def peer_rlms(url, turns, calls, rounds):
     "The same runs by `rlms` with its defaults, and the requests of its runs sent by its client alone"
     import json, openai, urllib.request
@@ -202,7 +232,7 @@ def peer_rlms(url, turns, calls, rounds):
     run(f'batch-{calls}.rlms')
     print(json.dumps(dict(version=found)))
 
-# %% ../nbs/07b_loop_bench.ipynb #49941c0f
+# %% ../nbs/07b_loop_bench.ipynb #78f43eab
 def bench_peer(
     url:str, # of the server
     python:str, # that has `rlms`
@@ -223,7 +253,7 @@ def bench_peer(
     return dict(n=len(run), turn=ms(run), bare=ms(bare), beyond=ms([x-y for x,y in zip(run, bare)]), repeated=min(map(reuse, noted)),
         batch=gaps(requests_of(url, f'batch-{calls}.rlms'))[0], **json.loads(r.stdout.splitlines()[-1]))
 
-# %% ../nbs/07b_loop_bench.ipynb #fd997251
+# %% ../nbs/07b_loop_bench.ipynb #72ed0d08
 def machine()->str:
     "What this runs on"
     try: cpu = re.search(r'^model name\s*: (.*)$', open('/proc/cpuinfo').read(), re.M)[1]
@@ -244,17 +274,17 @@ class LoopTable(list):
         return '\n'.join(f"| {' | '.join(o)} |" for o in rows) + f'\n\n{self.about}'
     __str__ = _repr_markdown_
 
-# %% ../nbs/07b_loop_bench.ipynb #43bfc819
+# %% ../nbs/07b_loop_bench.ipynb #19c85c7e
 def _row(name, calls, d, bare):
     "A row of the table"
     times = d.get('batch') and d['batch']/bare
-    return {'loop':name, 'turns measured':d.get('n'), 'a turn: ms':d.get('turn'), 'bare call: ms':d.get('bare'), 'beyond it: ms':d.get('beyond'), 'of that the cell: ms':d.get('cell'),
+    return {'loop':name, 'turns measured':d.get('n'), 'a turn: ms':d.get('turn'), 'bare call: ms':d.get('bare'), 'beyond it: ms':d.get('beyond'), 'loop alone: ms':d.get('alone'), 'of that the cell: ms':d.get('cell'),
         'repeated: %':d.get('repeated') and 100*d['repeated'], f'{calls:,} sub-calls: s':d.get('batch'), 'times bare':times}
 
 def bench_loop(
     turns:int=20, # of a run
     calls:int=1000, # of the batch
-    rounds:int=5, # runs of each kind
+    rounds:int=10, # runs of each kind
     peer:str=None, # a Python that has `rlms`
     kinds=('ipython','monty'), # of REPL
     progress=None, # called with a line as figures come in
@@ -267,13 +297,13 @@ def bench_loop(
         found = {}
         for kind in kinds:
             bench_turns(url, kind, 3, 1)
-            found[kind] = bench_turns(url, kind, turns, rounds)
+            found[kind] = bench_turns(url, kind, turns, rounds) | dict(alone=bench_alone(kind, turns, rounds))
             say(f'turns, {kind}')
         bare = _batches(url, kinds, calls, found, say)
         other = peer and bench_peer(url, peer, turns, calls, rounds)
     rows = [_row('bare litellm', calls, dict(batch=bare), bare), *[_row(f'rlm, {k}', calls, d, bare) for k,d in found.items()]]
     rows.append(_row(f"rlms {other['version']}", calls, other, bare) if other and 'version' in other else {'loop':f"rlms: {other['failed'] if other else 'not installed'}"})
-    rows.append({'loop':'to reach', 'beyond it: ms':'1 with ipython, 3 with monty', 'repeated: %':100., 'times bare':1.3})
+    rows.append({'loop':'to reach', 'beyond it: ms':'1 with ipython, 3 with monty', 'repeated: %':100., f'{calls:,} sub-calls: s':'half of rlms', 'times bare':1.3})
     about = f"rlm {__version__}, litellm {version('litellm')}, Python {platform.python_version()}, {machine()}; {rounds} runs of {turns} turns, medians; sub-calls of 100 ms, 100 at a time (rlms: its default)"
     return LoopTable(rows, about)
 

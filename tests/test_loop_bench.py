@@ -1,7 +1,7 @@
 "`rlm bench loop`: the figures are what they say, and the server behind them ends with whoever started it"
 import json, os, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 import pytest
-from rlm.loop_bench import LoopTable, bare_batch, bench_batch, bench_loop, bench_peer, bench_turns, gaps, requests_of, reuse, scripted_server
+from rlm.loop_bench import LoopTable, bare_batch, bench_alone, bench_batch, bench_loop, bench_peer, bench_turns, gaps, requests_of, reuse, scripted_server
 
 @pytest.fixture(scope='module')
 def url():
@@ -68,6 +68,12 @@ def test_every_request_repeats_the_last(url, repl):
     assert (d['n'], d['repeated']) == (19, 1)
     assert 0 < d['cell'] < d['turn'] and 0 < d['bare']
 
+def test_the_loop_alone_asks_no_server_and_leaves_litellm_as_it_was():
+    from rlm.models import _litellm
+    real = _litellm().acompletion
+    assert 0 < bench_alone('ipython', 10, 2) < 100
+    assert _litellm().acompletion is real
+
 def test_batches(url):
     bare, run = bare_batch(url, 60, limit=20), bench_batch(url, 'ipython', 60, '.test', limit=20)
     assert bare > 0.3 and run > 0.3
@@ -90,7 +96,7 @@ def test_command(tmp_path):
     found = json.loads(out.read_text())
     assert [o['loop'] for o in found['rows']] == ['bare litellm', 'rlm, ipython', 'rlm, monty', 'rlms: not installed', 'to reach']
     assert [o['repeated: %'] for o in found['rows'][1:3]] == [100, 100]
-    for part in ('litellm', 'Python', 'cores', '5 runs of 4 turns'): assert part in found['about'] and part in r.stdout
+    for part in ('litellm', 'Python', 'cores', '10 runs of 4 turns'): assert part in found['about'] and part in r.stdout
     assert str(LoopTable(found['rows'], found['about'])) == r.stdout.rstrip('\n')
     r = subprocess.run([*cmd, '--turns', '1'], capture_output=True, text=True, timeout=60)
     assert (r.returncode, r.stderr) == (2, 'rlm: --turns must be at least 2\n')
