@@ -191,7 +191,9 @@ def _name(model): return model if isinstance(model, str) else getattr(model, 'na
 
 async def _answer(messages, model=None, base_url=None, api_key=None, timeout=600, **kw):
     "One attempt: the response, and its cost or None"
-    if callable(model): return await _within(_aside(model, copy.deepcopy(messages), **kw), timeout, _name(model)), 0.
+    if callable(model):
+        r = await _within(_aside(model, copy.deepcopy(messages), **kw), timeout, _name(model))
+        return r, _cost(r) or 0.
     to = dict(model=model, base_url=base_url, api_key=api_key) if model else await _aside(_bundled, base_url, api_key)
     r = await _within(_ask(messages, timeout=timeout, **to, **kw), timeout, _name(model))
     return r, _cost(r) if model else 0.
