@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_error', 'loop_thread', 'on_loop', 'achat', 'chat', 'tool_call', 'reply', 'repl_call', 'ScriptedModel', 'Door',
-           'protocol_for']
+           'protocol_for', 'model_window', 'model_price', 'cache_marks', 'response_of', 'client_model']
 
 # %% ../nbs/03_models.ipynb #8972af7d
 import asyncio, contextvars, copy, hashlib, inspect, json, os, random, re, threading, time, warnings
@@ -532,3 +532,61 @@ def protocol_for(
     says = _gateway_says(base_url, api_key).get(model.partition('/')[2], {}).get('supports_function_calling') if base_url else None
     if says is None: says = (_listed(model) or dict(supports_function_calling=True)).get('supports_function_calling')
     return 'tools' if says else 'fenced'
+
+# %% ../nbs/03_models.ipynb #c03a0002
+def model_window(
+    model, # as in `chat`
+)->int: # None: not known
+    "Tokens that a model can read"
+    if model is None: return 8192
+    return (_listed(model) or {}).get('max_input_tokens') if isinstance(model, str) else None
+
+def model_price(
+    model, # as in `chat`
+    read:int, # tokens
+    write:int, # tokens
+)->float: # US dollars; None: not known
+    "What so many tokens cost, as LiteLLM lists the model"
+    o = (_listed(model) if isinstance(model, str) else None) or {}
+    return read*o['input_cost_per_token'] + write*(o.get('output_cost_per_token') or 0) if o.get('input_cost_per_token') else None
+
+_marked_caches = r'anthropic/|claude-|bedrock/.*anthropic|vertex_ai/claude|openrouter/anthropic'
+
+def cache_marks(
+    model, # as in `chat`
+)->dict: # LiteLLM keywords
+    "Mark the system message and the latest one, where a provider caches only what is marked"
+    if not isinstance(model, str) or not re.match(_marked_caches, model): return {}
+    return dict(cache_control_injection_points=[dict(location='message', role='system'), dict(location='message', index=-1)])
+
+# %% ../nbs/03_models.ipynb #c03a0006
+def response_of(
+    m, # a message: str, dict, or object with `content` and `tool_calls`; or a whole response
+    name:str, # of who gave it
+): # a LiteLLM response
+    "A response around a message, with the `usage` and the `cost` that the message tells, if any"
+    if hasattr(m, 'choices'): return m
+    if isinstance(m, str): m = dict(content=m)
+    elif not isinstance(m, dict) and hasattr(m, 'content'): m = {k:getattr(m, k, None) for k in _told}
+    if not isinstance(m, dict): raise TypeError(f'{name} returned {m!r:.100}, which is no message: a str, a dict or an object with `content` and `tool_calls`')
+    m = {k:m[k] for k in _told if m.get(k) is not None}
+    cost, usage, finish = m.pop('cost', None), m.pop('usage', None), m.pop('finish_reason', None)
+    choice = dict(index=0, finish_reason=finish or ('tool_calls' if m.get('tool_calls') else 'stop'), message=dict(role='assistant', content=None) | m)
+    r = _litellm().ModelResponse(model=name, choices=[choice], **(dict(usage=usage) if usage else {}))
+    if cost: r._hidden_params['response_cost'] = cost
+    return r
+
+_told = 'content', 'tool_calls', 'thinking_blocks', 'reasoning_content', 'finish_reason', 'usage', 'cost'
+
+def client_model(
+    client, # callable `(messages, tools) -> message`
+): # a callable model
+    "A model out of a client"
+    if not callable(client): raise TypeError(f'a client is a callable (messages, tools) -> message, not {client!r}')
+    name = getattr(client, '__name__', type(client).__name__)
+    async def later(m): return response_of(await m, name)
+    def ask(messages, tools=None, **kw):
+        m = client(messages, tools)
+        return later(m) if inspect.isawaitable(m) else response_of(m, name)
+    ask.__name__ = name
+    return ask

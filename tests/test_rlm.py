@@ -28,6 +28,11 @@ def settled(before, seconds=5):
         time.sleep(.05)
     return new
 
+@pytest.fixture(autouse=True, scope='module')
+def warm():
+    "What LiteLLM loads with its first call is loaded before anything is measured"
+    with ScriptedServer('FINAL(x)') as s: RLM('openai/m', base_url=s.url, api_key=KEY).completion('Q')
+
 @pytest.fixture(autouse=True)
 def nothing_left():
     before = below()
@@ -337,7 +342,7 @@ def spend(limit, **kw):
     ask.name = 'm'
     return RLM(ask, budget=Budget(**limit), **kw).completion('Q', TEXT)
 
-@pytest.mark.parametrize('limit', [dict(tokens=30_000), dict(calls=6), dict(iterations=4), dict(seconds=3)], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize('limit', [dict(tokens=30_000), dict(calls=6), dict(iterations=4), dict(seconds=5)], ids=lambda o: next(iter(o)))
 def test_each_limit_ends_the_run_with_one_closing_turn(limit):
     name, most = next(iter(limit.items()))
     t0 = time.monotonic()
@@ -382,13 +387,16 @@ def test_seconds_break_off_a_call_that_hangs():
     def answer(body): return hang(20) if len(body['messages']) > 2 and 'tools' in body else message('so far') if 'tools' not in body else code('1')
     with ScriptedServer(answer) as s:
         t0 = time.monotonic()
-        res = RLM('openai/m', base_url=s.url, api_key=KEY, budget=Budget(seconds=5)).completion('Q')
-    assert (res.answer, res.stop_reason) == ('so far', 'seconds') and time.monotonic()-t0 < 9
+        res = RLM('openai/m', base_url=s.url, api_key=KEY, budget=Budget(seconds=6)).completion('Q')
+    assert (res.answer, res.stop_reason) == ('so far', 'seconds') and time.monotonic()-t0 < 15
 
-def test_seconds_break_off_a_cell_that_does_not_end():
+@pytest.mark.parametrize('repl', ['ipython', 'monty'])
+def test_seconds_break_off_a_cell_that_does_not_end(repl):
+    "A worker of monty starts anew after that, for which a busy machine may need what was kept for the closing turn"
     t0 = time.monotonic()
-    res, _ = ask(repl_call('while True: pass'), 'so far', budget=Budget(seconds=3), context=None)
-    assert (res.answer, res.stop_reason) == ('so far', 'seconds') and 'TimeoutError' in outputs(res)[0] and time.monotonic()-t0 < 6
+    res, _ = ask(repl_call('while True: pass'), 'so far', budget=Budget(seconds=5), context=None, repl=repl)
+    assert res.stop_reason == 'seconds' and 'TimeoutError' in outputs(res)[0] and time.monotonic()-t0 < 20
+    assert res.answer == 'so far' or repl == 'monty'
 
 def test_the_closing_turn_is_asked_twice_if_nothing_came():
     assert ask(LOOK, '', 'Oslo', max_iterations=1)[0].answer == 'Oslo'
@@ -605,12 +613,12 @@ def test_ctrl_c(repl, what, tmp_path):
     with ScriptedServer(answer) as s:
         p = subprocess.Popen([sys.executable, '-c', INTERRUPTED, s.url, repl, str(tmp_path/'t.jsonl')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            assert reached.wait(90)
+            assert reached.wait(300)
             time.sleep(.5)
             kids = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(p.pid)], capture_output=True, text=True).stdout.split()
             assert kids
             p.send_signal(signal.SIGINT)
-            out, err = p.communicate(timeout=15)
+            out, err = p.communicate(timeout=60)
         finally: p.kill()
         n = len(s.requests)
         time.sleep(.3)
@@ -643,12 +651,13 @@ def test_tools_of_the_user(repl):
     assert outputs(res)[0] == "'QX8'" and 'LookupError: no key for Rome' in outputs(res)[1] and outputs(res)[2] == 'caught no key for Rome' and res.answer == 'x'
     assert '- `lookup(town: str) -> str`: The key of a town' in m.sent[0]['messages'][0]['content'] and guards_of(res) == []
 
-def test_a_tool_that_raises_what_is_no_exception():
+@pytest.mark.parametrize('repl', ['monty', 'process', 'ipython'])
+def test_a_tool_that_raises_what_is_no_exception(repl):
     def leave():
         "Leave"
         sys.exit(3)
-    res, _ = ask(repl_call('leave()'), 'FINAL(x)', tools=[leave], repl='process', context=None)
-    assert res.answer == 'x'
+    res, _ = ask(repl_call('leave()'), 'FINAL(x)', tools=[leave], repl=repl, context=None)
+    assert res.answer == 'x' and 'RuntimeError: leave raised SystemExit: 3' in outputs(res)[0]
 
 class Obj:
     def __init__(self, content=None, tool_calls=None): self.content, self.tool_calls = content, tool_calls
