@@ -104,7 +104,7 @@ def model_args(
 def _warm_up():
     "Import what a run needs"
     os.environ.setdefault('LITELLM_LOCAL_MODEL_COST_MAP', 'True')
-    import litellm, execnb.shell, rlm.core
+    import litellm, pydantic_monty, rlm.core
 
 def prepare(
     args, # parsed
@@ -123,12 +123,13 @@ def run(
     to:dict, # `model`, `base_url`, `api_key`
     screen:Screen, # where to show the steps
     max_steps:int=50, # turns that the model may take
+    repl:str='monty', # kind of REPL that runs the model's code
 )->dict: # the final event
     "One question over one context, shown as it happens"
     from rlm.core import advanced_toolloop
     from rlm.repl import as_repl
     from rlm.tools import prep_shell
-    sh = prep_shell(context, **to)
+    sh = prep_shell(context, repl=repl, **to)
     try: return watch(advanced_toolloop(question, sh=sh, max_steps=max_steps, **to), screen)
     finally: as_repl(sh).close()
 
@@ -143,7 +144,7 @@ def demo(
     screen.say(f'Making {args.lines:,} lines of random words with one magic number (seed {seed}), and starting the model …')
     task, to = prepare(args, lambda: make_haystack(args.lines, seed))
     screen.say(f"{len(task.context):,} characters; {time.perf_counter()-start:.1f} s. Asking {to['model']}: {task.question}\n")
-    final = run(task.question, task.context, to, screen, args.max_steps)
+    final = run(task.question, task.context, to, screen, args.max_steps, args.repl)
     right = same_answer(final['answer'], task.answers)
     line = task.context.count('\n', 0, task.context.find(task.answers[0])) + 1
     screen.say(f"\nanswer: {final['answer']}\ntruth:  {task.answers[0]} (line {line:,})", 'bold green' if right else 'bold red')
@@ -186,7 +187,7 @@ def ask(
     context = read_context(args.files, args.encoding)
     _, to = prepare(args, lambda: None)
     screen.say(f"{len(context):,} characters. Asking {to['model']}\n")
-    final = run(args.question, context, to, screen, args.max_steps)
+    final = run(args.question, context, to, screen, args.max_steps, args.repl)
     if final['stop_reason'] == 'fallback': screen.say(f'The model did not end the run within {args.max_steps} steps; this is what it said when asked for the answer.', 'yellow')
     print(_ask_json(final, to, time.perf_counter()-start) if args.json else clean(final['answer']))
     return 0 if final['answer'] is not None else 1
@@ -227,7 +228,7 @@ def bench(
     else: make, about = lambda: real_questions()[:args.n], {}
     tasks, to = prepare(args, make)
     n = n if args.what == 'tasks' else len(tasks)
-    score = benchmark_tasks(tasks, about=dict(what=args.what, **about), progress=_progress(Screen(sys.stderr), n), max_steps=args.max_steps, **to)
+    score = benchmark_tasks(tasks, about=dict(what=args.what, **about), progress=_progress(Screen(sys.stderr), n), max_steps=args.max_steps, repl=args.repl, **to)
     score.model = _bench_name(args)
     if args.json: score.save(args.json)
     print(score)
@@ -267,12 +268,13 @@ def _count(text):
     if not text.replace('_', '').replace(',', '').isdecimal() or not int(text.replace(',', '')): raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
     return int(text.replace(',', ''))
 
-def _model_options(p, max_steps):
+def _model_options(p, max_steps, repl='monty'):
     g = p.add_argument_group('model')
     g.add_argument('--model', default=os.environ.get('RLM_MODEL'), help="LiteLLM's name of the model, such as openai/gpt-5-mini; default $RLM_MODEL, else the bundled one")
     g.add_argument('--base-url', default=os.environ.get('RLM_BASE_URL'), help='address of a gateway; default $RLM_BASE_URL')
     g.add_argument('--api-key', default=os.environ.get('RLM_API_KEY'), help="its key; default $RLM_API_KEY, else the provider's own variable")
     g.add_argument('--max-steps', type=_count, default=max_steps, help=f'turns that the model may take ({max_steps})')
+    g.add_argument('--repl', default=repl, choices=['monty', 'jail', 'process', 'ipython'], help=f'where its code runs: a sandbox (monty), Python in a jail, in a process of its own, or in this one; default {repl}')
 
 def parser()->argparse.ArgumentParser:
     "What the command line understands"
@@ -316,7 +318,7 @@ def _bench_options(p):
     p.add_argument('--calls', type=_count, default=1000, help='loop: sub-calls of a batch (1,000)')
     p.add_argument('--peer', metavar='PYTHON', help='loop: a Python that has the package rlms, to measure it beside')
     p.add_argument('--json', metavar='FILE', help='write the score and every row')
-    _model_options(p, 20)
+    _model_options(p, 20, 'ipython')
 
 def _serve_options(p):
     p.add_argument('--host', default='127.0.0.1', help='address to listen on (127.0.0.1)')

@@ -8,7 +8,7 @@ __all__ = ['HELD_WORDS', 'SYLLABLES', 'MONTHS', 'VALUES', 'STOP', 'SLOTS', 'FAMI
            'content', 'fill_in', 'attribute', 'fill', 'sentence', 'package_texts', 'filler_lines', 'haystack',
            'subject', 'others', 'put_in', 'needle', 'entity', 'decoy', 'error', 'absent', 'relation', 'event',
            'phrasing', 'respell', 'retry', 'twohop', 'count', 'make_task', 'rarity', 'telling', 'code_facts',
-           'prose_facts', 'real_task', 'quote', 'look_cell', 'anchors', 'Tracer', 'trace']
+           'prose_facts', 'real_task', 'quote', 'look_cell', 'in_order', 'Tracer', 'trace']
 
 # %% ../nbs/11_data.ipynb #22743f5e
 import ast, json, random, re, sys
@@ -391,27 +391,27 @@ def _third(s):
 def _function_facts(text, n, r):
     a, s, name = n.args, _summary(n), n.name
     pairs = list(zip(a.args[len(a.args)-len(a.defaults):], a.defaults)) + [p for p in zip(a.kwonlyargs, a.kw_defaults) if p[1]]
-    for p,d in r.sample(pairs, min(2, len(pairs))): yield 'default', dict(n=name, p=p.arg), _literal(text, d), [name, 'def', p.arg+'=']
-    if 15<len(s)<90: yield 'does', dict(n=name), s, [name, 'def']
-    if 25<len(s)<150 and len(telling(s))>2: yield 'which', dict(d=_third(s)), name, telling(s)[:5]+['def']
+    for p,d in r.sample(pairs, min(2, len(pairs))): yield 'default', dict(n=name, p=p.arg), _literal(text, d), [name, p.arg+'=', 'def'], f'{p.arg}={ast.get_source_segment(text, d)}'
+    if 15<len(s)<90: yield 'does', dict(n=name), s, [name, 'def'], f'def {name}('
+    if 25<len(s)<150 and len(telling(s))>2: yield 'which', dict(d=_third(s)), name, telling(s)[:5]+['def'], f'def {name}('
     raised = {getattr(getattr(x.exc, 'func', None), 'id', None) for x in ast.walk(n) if isinstance(x, ast.Raise) and x.exc}
-    if len(raised)==1 and None not in raised: yield 'raises', dict(n=name), raised.pop(), [name, 'def', 'raise']
+    if len(raised)==1 and None not in raised: yield 'raises', dict(n=name), (exc := raised.pop()), [name, 'raise', 'def'], f'raise {exc}('
 
 def code_facts(
     text:str, # a Python source
     r:random.Random,
-): # pairs of a kind of question, its slots, the answer and the keys
+): # of (kind of question, its slots, answer, keys, what stands beside the answer)
     "What a source says of itself"
     for n in ast.walk(ast.parse(text)):
-        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and len(n.targets[0].id)>3: yield 'constant', dict(n=n.targets[0].id), _literal(text, n.value), [n.targets[0].id, '=']
-        elif isinstance(n, ast.ClassDef) and len(n.bases)==1: yield 'base', dict(n=n.name), ast.get_source_segment(text, n.bases[0]), [n.name, 'class']
+        if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) and len(n.targets[0].id)>3: yield 'constant', dict(n=n.targets[0].id), _literal(text, n.value), [n.targets[0].id], ast.get_source_segment(text, n)
+        elif isinstance(n, ast.ClassDef) and len(n.bases)==1: yield 'base', dict(n=n.name), ast.get_source_segment(text, n.bases[0]), [n.name, 'class'], f'class {n.name}('
         elif isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)): yield from _function_facts(text, n, r)
         elif isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call) and n.exc.args and isinstance(getattr(n.exc.args[0], 'value', None), str) and isinstance(n.exc.func, ast.Name):
             m = n.exc.args[0].value
-            if 12<len(m)<90 and len(telling(m))>1: yield 'message', dict(d=m), n.exc.func.id, telling(m)[:4]+['raise']
+            if 12<len(m)<90 and len(telling(m))>1: yield 'message', dict(d=m), n.exc.func.id, telling(m)[:4]+['raise'], f'raise {n.exc.func.id}('
         elif isinstance(n, ast.Dict) and len(n.keys)>2:
             k, v = r.choice(list(zip(n.keys, n.values)))
-            if isinstance(getattr(k, 'value', None), str) and len(k.value)>3: yield 'key', dict(n=k.value), _literal(text, v), k.value.split()+[':']
+            if isinstance(getattr(k, 'value', None), str) and len(k.value)>3: yield 'key', dict(n=k.value), _literal(text, v), k.value.split(), ast.get_source_segment(text, k)
 
 # %% ../nbs/11_data.ipynb #453211fc
 VERBS = dict(returns='return', means='mean', raises='raise', uses='use', represents='represent', contains='contain', specifies='specify', requires='require', accepts='accept', controls='control', provides='provide', supports='support')
@@ -442,43 +442,45 @@ def real_task(
     "A question about the sources of installed packages"
     r, texts = random.Random(f'real{seed}'), package_texts()
     i = r.randrange(len(texts))
-    try: facts = [(fill(r.choice(ASKS[k]), **slots), a, keys) for k,slots,a,keys in code_facts(texts[i], r)] if r.random()<.65 else list(prose_facts(texts[i], r))
+    try: facts = [(fill(r.choice(ASKS[k]), **slots), a, keys, proof) for k,slots,a,keys,proof in code_facts(texts[i], r)] if r.random()<.65 else [(*f, '') for f in prose_facts(texts[i], r)]
     except (SyntaxError, ValueError, RecursionError): return None
     facts = [f for f in facts if f[1] and f[2] and len(f[1])<100 and '\n' not in f[1]]
     if not facts: return None
-    q, a, keys = r.choice(facts)
+    q, a, keys, proof = r.choice(facts)
     parts = [texts[i]] + [texts[(i+k)%len(texts)] for k in range(1, r.choice([1,1,2,4,8]))]
     r.shuffle(parts)
-    return SearchTask('\n\n'.join(parts), q, [a], 'real', keys=list(dict.fromkeys(keys)))
+    return SearchTask('\n\n'.join(parts), q, [a], 'real', keys=list(dict.fromkeys(keys)), lines=[proof])
 
 # %% ../nbs/11_data.ipynb #0d40ed67
 LOOK = '''import re
-def look(s, text=context):
-    keys = s.lower().split()
-    hits = [text[max(0, m.start()-90):m.end()] for m in re.finditer('(?is)' + re.escape(keys[0]) + '.{0,160}', text)]
-    hits.sort(key=lambda h: -sum(k in h.lower() for k in keys))
-    print(len(hits), *hits[:3], sep='\\n---\\n')
+def look(s, text=context, skip=0):
+    low = text.lower()
+    keys = [p for k in s.lower().split() for p in ([k] if k in low else re.findall('[a-z]+|[0-9]+', k))]
+    at = {k: [m.start() for m in re.finditer(re.escape(k), low) if not low[m.start()-1:m.start()].isalpha()] for k in keys}
+    keys = sorted((k for k in at if at[k]), key=lambda k: len(at[k]))
+    score = lambda i: -sum(len(at[k])**-.3 for k in keys if k in low[max(0, i-150):i+250])
+    hits = []
+    for i in sorted((i for k in keys[:3] for i in at[k][:9999]), key=score):
+        if len(hits) < skip+3 and all(abs(i-j) > 250 for j in hits): hits.append(i)
+    print(*[text[max(0, i-150):i+250] for i in hits[skip:]], sep='\\n---\\n')
 '''
 def quote(words):
     "The words as one Python string, each behind a space"
     s = ' '+' '.join(words)
     return next((f'{q}{s}{q}' for q in '\'"' if q not in s and '\\' not in s), repr(s))
 
-def look_cell(words, first=False, text=''):
+def look_cell(words, first=False, args=''):
     "A cell that looks; the `first` one defines the function"
-    return f"{LOOK if first else ''}look({quote(words)}{text})"
+    return f"{LOOK if first else ''}look({quote(words)}{args})"
 
-def anchors(
+def in_order(
     keys:list, # of a task
-)->list: # at most three
-    "The words to look for, in the order to try them"
-    first = keys[0]
-    parts = [p for p in re.split(r'[-_/.]', first) if len(p)>1]
-    out = [first]
-    if len(parts)>1: out.append(max(parts, key=lambda p: (p.isalpha(), len(p))))
-    elif first.endswith('s') and len(first)>4 and first[:-1].islower(): out.append(first[:-1])
-    out += [k for k in keys[1:] if k not in ('=','def','class','raise',':') and len(k)>2 and not k.endswith('=')]
-    return list(dict.fromkeys(out))[:3]
+    question:str,
+)->list:
+    "The keys as they stand in the question, then the others"
+    at = [question.find(k) for k in keys]
+    return [k for _,k in sorted(zip([i if i>=0 else len(question) for i in at], keys), key=lambda p: p[0])]
+
 
 # %% ../nbs/11_data.ipynb #c853352c
 BAD = ["m = re.search({q}, context)\nprint(m.group(0))", "print(contxt.find({q}))", "i = context.index({q} + ' zq')\nprint(context[i:i+200])", "print(context.find({q})", "lines = context.splitlines()\nprint(lines[10**9])",
@@ -491,14 +493,15 @@ class Tracer:
     "A conversation in the making"
     def __init__(self, task, later=False):
         self.task, self.ns, self.first, self.text, self.turns = task, dict(context=task.context), not later, '', [('user', task.question, False)]
+        self.keys = in_order(task.keys, task.question)
         if later: run_in(self.ns, LOOK)
     def cell(self, code, good=True):
         "Run a cell and write it down with what it printed; a bad one is not to be imitated"
         out = run_in(self.ns, code).text(1600)
         self.turns += [('assistant', f'```repl\n{code}\n```', good), ('user', f'Output:\n{out}', False)]
         return out
-    def look(self, words):
-        out = self.cell(look_cell(words, self.first, self.text))
+    def look(self, words, args=''):
+        out = self.cell(look_cell(words, self.first, self.text+args))
         self.first = False
         return out
     def end(self, out):
@@ -508,9 +511,9 @@ class Tracer:
         return self.turns + [('assistant', f"FINAL({' ' if i>0 and out[i-1]==' ' else ''}{a})", True)]
     def repair(self):
         "What the error shows: the context is no string"
-        self.look(self.task.keys)
+        self.look(self.keys)
         self.text = ', text'
-        return self.cell(f"text = {REPAIR[type(self.task.context).__name__]}\n{look_cell(self.task.keys, False, self.text)}")
+        return self.cell(f"text = {REPAIR[type(self.task.context).__name__]}\n{look_cell(self.keys, False, self.text)}")
 
 # %% ../nbs/11_data.ipynb #358c1f0e
 def trace(
@@ -519,13 +522,12 @@ def trace(
 ): # list of (role, text, whether the model should imitate it); None if the oracle's way does not lead there
     "Solve a task and write down how"
     r = random.Random(task.question)
-    s, answer, out, tried = Tracer(task, later), task.answers[0], '', anchors(task.keys)
+    s, answer = Tracer(task, later), task.answers[0]
     if task.family!='error' and r.random()<.1: s.cell(fill(r.choice(BAD), q=repr(task.keys[0])), good=False)
     if task.code: return s.end(answer) if s.cell(task.code)==answer else None
-    there = lambda: answer!='not found' and (answer in out or bool(task.hop) and ' '.join(task.hop[:2]) in out)
-    if not isinstance(task.context, str): out, tried = s.repair(), tried[1:]
-    while tried and not there():
-        a = tried.pop(0)
-        out = s.look([a] + [k for k in task.keys if k!=a and not (k==task.keys[0] and a in k)])
+    there = lambda: answer!='not found' and (answer in out and all(l in out for l in task.lines if task.family=='real') or bool(task.hop) and ' '.join(task.hop[:2]) in out)
+    out = s.look(s.keys) if isinstance(task.context, str) else s.repair()
+    if not there(): out = s.look(s.keys, ', skip=3')
     if task.hop and there() and answer not in out: out = s.look(task.hop)
-    return s.end(out) if answer=='not found' or answer in out else None
+    return s.end(out) if answer=='not found' or there() and answer in out else None
+

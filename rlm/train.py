@@ -218,14 +218,14 @@ def samples(
     words:dict, # from `rlm.data.token_words`
     n:int, # samples
     seed='a',
-    real:float=.17, # share of questions about real sources
-    longest:int=1000, # tokens
+    real:float=.3, # share of questions about real sources
+    longest:int=1200, # tokens
 ): # yields (ids, weights)
     "Training samples without end of variety"
     r, i, made = random.Random(f'mix{seed}'), 0, 0
     while made<n:
         session = []
-        for k in range(3 if r.random()<.67 else 1):
+        for k in range(2 if r.random()<.67 else 1):
             i += 1
             t = real_task(f'{seed}-{i}') if r.random()<real else make_task(f'{seed}-{i}', words)
             session += (t and trace(t, later=bool(session))) or []
