@@ -389,6 +389,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'rlm.prompts': { 'rlm.prompts._code_names': ('prompts.html#_code_names', 'rlm/prompts.py'),
                              'rlm.prompts._items': ('prompts.html#_items', 'rlm/prompts.py'),
                              'rlm.prompts._n': ('prompts.html#_n', 'rlm/prompts.py'),
+                             'rlm.prompts._prompt': ('prompts.html#_prompt', 'rlm/prompts.py'),
                              'rlm.prompts.code_blocks': ('prompts.html#code_blocks', 'rlm/prompts.py'),
                              'rlm.prompts.describe_context': ('prompts.html#describe_context', 'rlm/prompts.py'),
                              'rlm.prompts.promised': ('prompts.html#promised', 'rlm/prompts.py'),

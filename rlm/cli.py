@@ -242,10 +242,11 @@ def _bench_parts(args):
     return 0
 
 def _measured(args, screen):
-    from rlm.loop_bench import bench_loop
-    from rlm.repl_bench import bench_repl
     if args.turns < 2: raise UsageError('--turns must be at least 2')
-    if args.what == 'repl': return bench_repl(progress=lambda row: screen.say(f"{row['REPL']} done"))
+    if args.what == 'repl':
+        from rlm.repl_bench import bench_repl
+        return bench_repl(progress=lambda row: screen.say(f"{row['REPL']} done"))
+    from rlm.loop_bench import bench_loop
     return bench_loop(args.turns, args.calls, peer=args.peer, progress=screen.say)
 
 def _writable(path):

@@ -478,9 +478,7 @@ def in_order(
     question:str,
 )->list:
     "The keys as they stand in the question, then the others"
-    at = [question.find(k) for k in keys]
-    return [k for _,k in sorted(zip([i if i>=0 else len(question) for i in at], keys), key=lambda p: p[0])]
-
+    return sorted(keys, key=lambda k: question.find(k) if k in question else len(question))
 
 # %% ../nbs/11_data.ipynb #c853352c
 BAD = ["m = re.search({q}, context)\nprint(m.group(0))", "print(contxt.find({q}))", "i = context.index({q} + ' zq')\nprint(context[i:i+200])", "print(context.find({q})", "lines = context.splitlines()\nprint(lines[10**9])",

@@ -227,7 +227,7 @@ class Engine:
         n_ctx:int=8192, # tokens that a conversation may have
         threads:int=None, # CPU threads; by default the physical cores
     ):
-        os.environ.setdefault('GOMP_SPINCOUNT', '10000')
+        os.environ.setdefault('GOMP_SPINCOUNT', '1000')
         import xllamacpp as xl
         self.adapter, self.n_ctx, self.lock = adapter, n_ctx, threading.Lock()
         self.llama = xl.Server(_params(xl, gguf, adapter, n_ctx, threads))

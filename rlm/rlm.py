@@ -297,7 +297,7 @@ def SHOW_VARS(self:Run): return self.repl.names()
 @patch
 def sub_call(self:Run, prompt, model=None):
     "The arguments of one plain sub-call"
-    if not isinstance(prompt, str): raise TypeError(f'a prompt is a str, not {type(prompt).__name__}')
+    _check_prompt(prompt)
     msgs = [dict(role='system', content=self.rlm.sub_prompt)] if self.rlm.sub_prompt else []
     return dict(messages=msgs + [dict(role='user', content=prompt)], to=self.rlm.target(self.depth+1, model), run=self.name, depth=self.depth+1, step=self.steps, kind='sub', **self.rlm.kw)
 
