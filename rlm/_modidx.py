@@ -486,6 +486,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'rlm.repl._masks': ('repl.html#_masks', 'rlm/repl.py'),
                           'rlm.repl._monty_result': ('repl.html#_monty_result', 'rlm/repl.py'),
                           'rlm.repl._names': ('repl.html#_names', 'rlm/repl.py'),
+                          'rlm.repl._open_monty': ('repl.html#_open_monty', 'rlm/repl.py'),
                           'rlm.repl._plain_value': ('repl.html#_plain_value', 'rlm/repl.py'),
                           'rlm.repl._python_dirs': ('repl.html#_python_dirs', 'rlm/repl.py'),
                           'rlm.repl._raise_in': ('repl.html#_raise_in', 'rlm/repl.py'),

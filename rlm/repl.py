@@ -627,6 +627,22 @@ def _close_monty(pool, session):
     for o in session, pool:
         with suppress(Exception): o.__exit__(None, None, None)
 
+def _open_monty(script, memory, tries=50):
+    "A pool of one worker and its session. Linux refuses to run a script while a process that another thread just forked has it open: then once more"
+    import pydantic_monty as pm
+    for left in reversed(range(tries)):
+        pool = session = None
+        try:
+            pool = pm.Monty(binary_path=script, min_processes=1, max_processes=1).__enter__()
+            session = pool.checkout(limits=dict(max_memory=memory, max_suspensions=1<<40), assert_message_annotations=False,
+                external_modules=dict(string=_string_module)).__enter__()
+            session.feed_run('None')
+            return pool, session
+        except (pm.MontyError, RuntimeError) as e:
+            _close_monty(pool, session)
+            if not left or 'Text file busy' not in str(e): raise
+            time.sleep(.01)
+
 @patch
 def _start(self:MontyREPL):
     "A worker with a session that holds the context"
@@ -639,12 +655,9 @@ def _start(self:MontyREPL):
         script.write_text(f'#!/bin/sh\necho $$ > "{pidfile}"\nexec "{sys.executable}" -I -S "{_runner.__file__}" tend "{binary}" "$@"\n')
         script.chmod(0o700)
         try:
-            pool = pm.Monty(binary_path=script, min_processes=1, max_processes=1).__enter__()
-            session = pool.checkout(limits=dict(max_memory=self.memory, max_suspensions=1<<40), assert_message_annotations=False,
-                external_modules=dict(string=_string_module)).__enter__()
-            session.feed_run('None')
+            pool, session = _open_monty(script, self.memory)
             self._pid = int(pidfile.read_text())
-        except (pm.MontyError, OSError) as e: raise REPLError(f'the worker of monty did not start: {e}') from None
+        except (pm.MontyError, RuntimeError, OSError) as e: raise REPLError(f'the worker of monty did not start: {e}') from None
     self._end, self._session = weakref.finalize(self, _close_monty, pool, session), session
     self._n, self._fed, self._src, self._killed = 0, 1, {}, False
     try:

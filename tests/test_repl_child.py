@@ -1,5 +1,6 @@
 "`process`, `jail` and `monty`: contexts, host functions, limits, restarts, and that nothing stays behind"
 import asyncio, datetime, gc, math, os, signal, subprocess, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 import pytest
 from rlm.repl import open_repl, open_path, MappedText, REPLError
@@ -218,6 +219,13 @@ def test_many_at_once(kind):
             return [r.run(f'print(context)\nf({j})').text() for j in range(5)] == [f"ctx{i}\n'{j}-{i}'" for j in range(5)]
     async def main(): return await asyncio.gather(*(asyncio.to_thread(work, i) for i in range(8)))
     assert all(asyncio.run(main()))
+
+
+def test_many_open_at_the_same_moment(kind):
+    def work(i):
+        with open_repl(kind, i) as r: return r.run('context').value
+    for _ in range(8):
+        with ThreadPoolExecutor(6) as pool: assert list(pool.map(work, range(6))) == list('012345')
 
 
 def test_a_repl_outlives_the_thread_that_opened_it(kind):
