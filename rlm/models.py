@@ -64,6 +64,12 @@ def _matches(e, text, names, statuses, pattern):
     own = {c.__name__ for c in type(e).__mro__ if c.__module__.startswith('litellm')}
     return bool(own & set(names.split())) or getattr(e, 'status_code', None) in statuses or bool(re.search(pattern, text, re.I|re.S))
 
+def _of_ollama(text, status, model, base_url):
+    "What is known of a fault of Ollama, if it is one: error, what to do, plain text"
+    if not model.startswith(('ollama/', 'ollama_chat/')): return None, None, text
+    from rlm.reach import ollama_advice, error_text
+    return *(ollama_advice(text, status, model.partition('/')[2], base_url) or (None, None)), error_text(text)
+
 def model_error(
     e:Exception, # what LiteLLM raised
     model:str, # who was asked
@@ -74,6 +80,8 @@ def model_error(
     text = str(e).split('\n\nLiteLLM: model group')[0]
     text = re.sub(r'^(litellm\.)?(\w+: )*(litellm\.\w+: )?(\w+Error: )*(\w+Exception - )?', '', text).strip() or type(e).__name__
     cls, *_, fix = next(f for f in _FAILURES if _matches(e, str(e), *f[1:4]))
+    known, advice, text = _of_ollama(text, getattr(e, 'status_code', None), model, base_url)
+    cls, fix = known or cls, advice or fix
     text = re.sub(r'^no connected db', 'the gateway does not know this key (no connected db)', text, flags=re.I)
     where = f' at {base_url}' if base_url else ''
     res = cls(scrub(f'{model}{where}: {text[:600].rstrip(" .")}. {fix}', secrets), getattr(e, 'status_code', None))
