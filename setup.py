@@ -5,9 +5,9 @@ from setuptools import setup, find_packages
 config = ConfigParser(delimiters=['='], interpolation=None)
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('local', 'documents', 'train', 'proxy', 'dev')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('local', 'documents', 'plot', 'train', 'proxy', 'dev')}
 # All that the tests need but torch, whose default build for Linux brings gigabytes of CUDA: its tests skip without it.
-extras['dev'] += extras['local'] + extras['documents'] + extras['proxy'] + [r for r in extras['train'] if not r.startswith('torch')]
+extras['dev'] += extras['local'] + extras['documents'] + extras['plot'] + extras['proxy'] + [r for r in extras['train'] if not r.startswith('torch')]
 
 setup(
     version=cfg['version'],
