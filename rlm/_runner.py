@@ -2,7 +2,7 @@
 in the child of `process` and `jail`: one file for both, so it uses the standard library only and imports nothing of `rlm`."""
 import sys
 if __name__ == '__main__' and sys.path[0] == __file__.rpartition('/')[0]: del sys.path[0]
-import ast, base64, bisect, io, itertools, json, linecache, mmap, os, re, select, signal, socket, struct, threading, time, warnings
+import ast, base64, bisect, io, itertools, json, linecache, math, mmap, os, re, select, signal, socket, struct, threading, time, warnings
 from contextlib import contextmanager, suppress
 
 GIVEN_HIDDEN = 'input', 'exit', 'quit'
@@ -128,7 +128,7 @@ class Session:
     "A namespace in which cells run one after the other: what they leave, what they were given, where they failed"
     def __init__(self, ns=None):
         self.ns, self.id, self.n, self.src, self.given, self.final = {} if ns is None else ns, next(_ids), 0, {}, {}, None
-        self.live, self.busy, self.alone, self.lock, self.transform, self.ballast = False, False, False, threading.Lock(), None, None
+        self.live, self.busy, self.alone, self.lock, self.transform, self.ballast, self.clock = False, False, False, threading.Lock(), None, None, Clock()
         self.ns.setdefault('__name__', '__main__')
         self.ns.setdefault('__builtins__', __builtins__)
         self.ns['__cell_stop__'] = CellStop
@@ -195,23 +195,23 @@ class Session:
     def forget(self):
         for name in self.src: linecache.cache.pop(name, None)
 
-    def failed(self, e, limit=None):
+    def failed(self, e):
         "What the model reads of an exception: its own lines, the type, the message"
-        try: return plain(self._failed(e, limit))
+        try: return plain(self._failed(e))
         except RecursionError: return f'{type(e).__name__}: (recursion too deep to show)'
 
-    def _failed(self, e, limit):
+    def _failed(self, e):
         own = [(tb.tb_frame.f_code, n) for tb, n in _frames(e.__traceback__) if tb.tb_frame.f_code.co_filename in self.src]
         rows = [self._row(c.co_filename, n, c.co_name) for c, n in own]
         if isinstance(e, SyntaxError) and e.filename in self.src: rows.append(self._row(e.filename, e.lineno or 1, '<module>', e.text))
-        return traceback_text(rows, self._message(e, limit))
+        return traceback_text(rows, self._message(e))
 
     def _row(self, name, line, func, text=None):
         lines, n = self.src[name], int(name[:-1].rpartition('.')[2])
         return row(n if n != self.n else None, line, func, lines[line-1] if 0 < line <= len(lines) else text or '')
 
-    def _message(self, e, limit):
-        if isinstance(e, CellStop): return TOO_LONG.format(limit)
+    def _message(self, e):
+        if isinstance(e, CellStop): return TOO_LONG.format(self.clock.limit)
         if isinstance(e, SystemExit): return EXIT
         kind = kind_of(e)
         if isinstance(e, SyntaxError): return f'{kind}: {e.msg}'
@@ -294,17 +294,54 @@ def release(me, out):
 
 
 # Limits --------------------------------------------------------------------------------------------------------------
+class Clock:
+    "The time that a cell has: for its own work, and in all. The first stands still while host functions work for it"
+    def __init__(self, own=None, wall=None):
+        self.own, self.wall, self.start, self.calls, self.since, self.still = own, wall, time.monotonic(), 0, 0., 0.
+        self.lock = threading.RLock()
+
+    def both(self):
+        "Seconds left of each limit, with the limit"
+        with self.lock:
+            now = time.monotonic()
+            still = self.still + (now - self.since if self.calls else 0)
+        return [(n - (now - self.start - x), n) for n, x in ((self.own, still), (self.wall, 0)) if n]
+
+    def left(self): return min((o for o, _ in self.both()), default=1e6)
+
+    @property
+    def limit(self): return min(self.both(), default=(0, 0))[1]
+
+    @contextmanager
+    def paused(self):
+        with self.lock:
+            if not self.calls: self.since = time.monotonic()
+            self.calls += 1
+        try: yield
+        finally:
+            with self.lock:
+                self.calls -= 1
+                if not self.calls: self.still += time.monotonic() - self.since
+
+
 @contextmanager
-def alarm(seconds, session):
-    "Raise `CellStop` in the main thread's running cell after `seconds`, again and again until it ends; timers may nest"
-    if not seconds:
+def alarm(session):
+    "Raise `CellStop` in the main thread's running cell when its time is over, again and again until it ends; timers may nest"
+    if not session.clock.both():
         yield
         return
+    clock, t0, left = session.clock, time.monotonic(), 0
     def ring(sig, frame):
-        if session.live and not session.busy: raise CellStop
-    old, t0 = signal.signal(signal.SIGALRM, ring), time.monotonic()
-    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 0.02)
-    if left and left < seconds: signal.setitimer(signal.ITIMER_REAL, left, 0.02)
+        if (more := ring.left()) > 0: signal.setitimer(signal.ITIMER_REAL, max(more, 0.02), 0.02)
+        elif session.live and not session.busy: raise CellStop
+    def outer():
+        if hasattr(old, 'left'): return old.left()
+        return left - (time.monotonic()-t0) if left else math.inf
+    ring.left = lambda: min(clock.left(), outer())
+    old = signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, ring)
+    left, every = signal.setitimer(signal.ITIMER_REAL, max(clock.left(), 0.001), 0.02)
+    if left: signal.setitimer(signal.ITIMER_REAL, max(min(ring.left(), left), 0.001), 0.02)
     try: yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -312,7 +349,7 @@ def alarm(seconds, session):
         if left: signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic()-t0), 0.001), every)
 
 
-def attempt(session, f, limit=None):
+def attempt(session, f):
     "What `f` returns and the error text of what it raises; catches all that a cell can raise, but the user's Ctrl-C"
     try:
         try:
@@ -323,7 +360,7 @@ def attempt(session, f, limit=None):
         rest(session)
         if isinstance(e, KeyboardInterrupt) and not session.alone: raise
         if isinstance(e, MemoryError): session.ballast = None
-        return None, session.failed(e, limit)
+        return None, session.failed(e)
 
 
 def rest(session):
@@ -331,11 +368,12 @@ def rest(session):
     with session.lock: session.live = False
 
 
-def run_cell(session, code, timeout=None, capture=captured):
+def run_cell(session, code, timeout=None, wall=None, capture=captured):
     "Run a cell in this thread; the limit is kept in the main thread only"
-    with capture() as out, alarm(timeout, session):
+    session.clock = Clock(timeout, wall)
+    with capture() as out, alarm(session):
         t0 = time.perf_counter()
-        value, error = attempt(session, lambda: run_sync(session, session.prepare(code)), timeout)
+        value, error = attempt(session, lambda: run_sync(session, session.prepare(code)))
         secs = time.perf_counter() - t0
     return finish(session, out, value, error, secs)
 
@@ -652,7 +690,7 @@ class Child:
         "Ask the parent; any thread may, but no process that a cell forked"
         if os.getpid() != self.pid: raise RuntimeError(f'{name} works in the process of the REPL only, not in one forked from it')
         args, kwargs, n = enc(list(args)), [[k, enc(v)] for k, v in kwargs.items()], next(self.ids)
-        with self.quiet():
+        with self.quiet(), self.session.clock.paused():
             self.waiting.add(n)
             try:
                 self.wire.send(**{'is':'call'}, id=n, name=name, args=args, kwargs=kwargs)
@@ -671,7 +709,7 @@ class Child:
 
     def do_run(self, m):
         self.session.ballast = bytearray(BALLAST)
-        parts = run_cell(self.session, m['code'], m['limit'], self.stdout)
+        parts = run_cell(self.session, m['code'], m['limit'], m['wall'], self.stdout)
         if os.getpid() != self.pid: os._exit(0)
         if parts['final']: parts['final'] = _leaving(parts['final'])
         return {'is':'done', 'parts':parts, 'names':self.session.names()[-1000:], 'full':self.session.ballast is None and _full()}

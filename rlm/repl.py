@@ -11,10 +11,11 @@ import ast, asyncio, codecs, contextvars, ctypes, json, os, selectors, signal, s
 from concurrent.futures import ThreadPoolExecutor, FIRST_COMPLETED, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from fastcore.basics import patch, store_attr
 from . import _runner
-from ._runner import Session, CellStop, MappedText, Refused, Tail, Wire, KEEP, alarm, attempt, captured, clip, dec, enc, exception
+from ._runner import Session, CellStop, Clock, MappedText, Refused, Tail, Wire, KEEP, alarm, attempt, captured, clip, dec, enc, exception
 from ._runner import EXIT, TOO_LONG, finish, kind_of, listed, needs_loop, plain, release, rest, row, run_cell, traceback_text, write_context
 from .usage import RLMError
 
@@ -80,8 +81,8 @@ def run_in(
 class REPL:
     "A place where cells run one after the other, with `context`, `FINAL`, `FINAL_VAR` and the host functions as given names"
     kind = ''
-    def run(self, code:str, timeout:float=None)->CellResult: raise NotImplementedError
-    async def arun(self, code:str, timeout:float=None)->CellResult: return await asyncio.to_thread(self.run, code, timeout)
+    def run(self, code:str, timeout:float=None, wall:float=None)->CellResult: raise NotImplementedError
+    async def arun(self, code:str, timeout:float=None, wall:float=None)->CellResult: return await asyncio.to_thread(self.run, code, timeout, wall)
     def get(self, name:str): raise NotImplementedError
     def put(self, name:str, value): raise NotImplementedError
     def names(self)->list[str]: raise NotImplementedError
@@ -109,7 +110,7 @@ class IPythonREPL(REPL):
         sh=None, # a `CaptureShell`; a new one if None
         context=None, # becomes `context`, the same object
         funcs:dict=None, # name: callable, given to the cells
-        timeout:float=60, # seconds a cell
+        timeout:float=60, # seconds of a cell's own work
         grace:float=1, # seconds that a stopped cell has to end
     ):
         if sh is None:
@@ -121,7 +122,7 @@ class IPythonREPL(REPL):
         self._session(sh.user_ns)
         given = {k:sh.user_ns[k] for k in ('context','llm_query') if k in sh.user_ns}
         if context is not None: given['context'] = context
-        self.give(**given, **(funcs or {}))
+        self.give(**given, **{k:self._host(f) for k,f in (funcs or {}).items()})
 
 # %% ../nbs/04_repl.ipynb #bf546f79
 @patch
@@ -129,6 +130,14 @@ def _session(self:IPythonREPL, ns):
     "Run the next cells in `ns`"
     self.session = Session(ns)
     self.session.transform = self.sh.transform_cell
+
+@patch
+def _host(self:IPythonREPL, f):
+    "A host function, during which the clock of the cell stands still"
+    @wraps(f)
+    def call(*args, **kwargs):
+        with self.session.clock.paused(): return f(*args, **kwargs)
+    return call
 
 @patch
 def give(self:IPythonREPL, **names):
@@ -139,26 +148,28 @@ def give(self:IPythonREPL, **names):
 @patch
 def run(self:IPythonREPL,
     code:str, # one cell; magics and `!shell` run too
-    timeout:float=None, # seconds; None: that of the REPL
+    timeout:float=None, # seconds of its own work; None: that of the REPL
+    wall:float=None, # seconds in all, host functions included; None: no limit
 )->CellResult:
     "Run a cell"
-    limit, s = timeout or self.timeout, self.session
+    s = self.session
+    s.clock = Clock(timeout or self.timeout, wall)
     compiled, error = attempt(s, lambda: s.prepare(code))
     if error: return _result(finish(s, None, None, error, 0.))
     t0 = time.perf_counter()
-    if needs_loop(compiled): out, value, error, stuck = self._on_loop(compiled, limit)
+    if needs_loop(compiled): out, value, error, stuck = self._on_loop(compiled)
     elif threading.current_thread() is threading.main_thread() and hasattr(signal, 'setitimer'):
-        out, value, error, stuck = self._here(compiled, limit)
-    else: out, value, error, stuck = self._aside(compiled, limit)
+        out, value, error, stuck = self._here(compiled)
+    else: out, value, error, stuck = self._aside(compiled)
     notes = [self._leave_behind()] if stuck else []
     return _result(finish(s, out, value, error, time.perf_counter()-t0), notes=notes)
 
 # %% ../nbs/04_repl.ipynb #9c62a026
 @patch
-def _here(self:IPythonREPL, compiled, limit):
+def _here(self:IPythonREPL, compiled):
     "Run in this, the main, thread"
-    with captured() as out, alarm(limit, self.session):
-        value, error = attempt(self.session, lambda: self.session.execute(compiled), limit)
+    with captured() as out, alarm(self.session):
+        value, error = attempt(self.session, lambda: self.session.execute(compiled))
     return out, value, error, False
 
 # %% ../nbs/04_repl.ipynb #65c67a53
@@ -171,43 +182,44 @@ def _clear_raise(): ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(th
 
 # %% ../nbs/04_repl.ipynb #5aa50195
 @patch
-def _aside(self:IPythonREPL, compiled, limit):
+def _aside(self:IPythonREPL, compiled):
     "Run in a thread of its own; the fourth part says that it could not be stopped"
     s, box, ctx = self.session, {}, contextvars.copy_context()
     def work():
-        with captured() as box['out']: box['res'] = attempt(s, lambda: ctx.run(s.execute, compiled), limit)
+        with captured() as box['out']: box['res'] = attempt(s, lambda: ctx.run(s.execute, compiled))
         _clear_raise()
     t = threading.Thread(target=work, daemon=True, name='rlm-cell')
     t.start()
-    t.join(limit)
+    while t.is_alive() and (left := s.clock.left()) > 0: t.join(max(left, 0.02))
     end = time.monotonic() + self.grace
     while t.is_alive() and time.monotonic() < end:
         _raise_in(s, t.ident)
         t.join(0.02)
     if 'res' in box: return box['out'], *box['res'], False
     release(t.ident, box['out'])
-    return box['out'], None, s.failed(CellStop(), limit), True
+    return box['out'], None, s.failed(CellStop()), True
 
 # %% ../nbs/04_repl.ipynb #79c2e488
 @patch
-def _on_loop(self:IPythonREPL, compiled, limit):
+def _on_loop(self:IPythonREPL, compiled):
     "Run an awaiting cell on the shell's loop"
     s, ident, box = self.session, self.sh._thread.ident, {}
     async def work():
-        with captured(ident) as box['out']: box['res'] = await _attempt(s, compiled, limit)
+        with captured(ident) as box['out']: box['res'] = await _attempt(s, compiled)
         _clear_raise()
         box['done'].set()
     box['done'] = threading.Event()
     fut = asyncio.run_coroutine_threadsafe(work(), self.sh.loop)
-    if not _wait(fut, limit):
+    while not _wait(fut, max(s.clock.left(), 0.02)) and s.clock.left() > 0: pass
+    if not fut.done():
         fut.cancel()
         end = time.monotonic() + self.grace
         while not _wait(fut, 0.05) and time.monotonic() < end: _raise_in(s, ident)
     if 'out' in box and box['done'].wait(0.05): return box['out'], *box['res'], False
     if 'out' in box: release(ident, box['out'])
-    return box.get('out'), None, s.failed(CellStop(), limit), True
+    return box.get('out'), None, s.failed(CellStop()), True
 
-async def _attempt(s, compiled, limit):
+async def _attempt(s, compiled):
     "`attempt`, awaiting"
     try:
         try:
@@ -218,7 +230,7 @@ async def _attempt(s, compiled, limit):
     except BaseException as e:
         rest(s)
         if isinstance(e, asyncio.CancelledError): e = CellStop().with_traceback(e.__traceback__)
-        return None, s.failed(e, limit)
+        return None, s.failed(e)
 
 def _wait(fut, seconds):
     "Whether a future ended within `seconds`"
@@ -296,7 +308,7 @@ class ProcessREPL(REPL):
     def __init__(self,
         context=None, # text, bytes, list, dict, DataFrame, or the `Path` of a text
         funcs:dict=None, # name: callable; they run in this process
-        timeout:float=60, # seconds a cell
+        timeout:float=60, # seconds of a cell's own work
         memory:int=4<<30, # bytes that the cells may take beyond the context; None: no limit
         children:int=64, # processes and threads at once beyond those of the user, not enforced for root; 0: none may start; None: no limit
         files:int=256, # open files
@@ -364,7 +376,7 @@ def _hand_over(self:ProcessREPL, ctx):
     setup = dict(context=self._how(ctx), context_fd=ctx.fileno(), funcs=list(self.funcs), jail=self.jail)
     try:
         self._wire.send(**setup, **{o:getattr(self, o) for o in ('memory', 'children', 'files', 'file_size')})
-        m = self._reply(time.monotonic() + self.start, said := Tail())
+        m = self._reply(Clock(wall=self.start), said := Tail())
     except (EOFError, ConnectionError): m = None
     except TimeoutError: raise REPLError(f'the REPL was not ready after {self.start:g} s; give it longer with start=') from None
     if m is None:
@@ -374,7 +386,7 @@ def _hand_over(self:ProcessREPL, ctx):
 
 # %% ../nbs/04_repl.ipynb #310870d9
 @patch
-def _reply(self:ProcessREPL, end, said):
+def _reply(self:ProcessREPL, clock, said):
     "The next message that is not a call of a host function"
     ctx, sock, out = contextvars.copy_context(), self._wire.sock, self._out
     with selectors.DefaultSelector() as sel:
@@ -382,8 +394,8 @@ def _reply(self:ProcessREPL, end, said):
         while True:
             for m in self._wire.messages():
                 if m.get('is') != 'call': return m
-                self._call(m, ctx, end)
-            if (left := end - time.monotonic()) <= 0: raise TimeoutError
+                self._call(m, ctx, clock)
+            if (left := clock.left()) <= 0: raise TimeoutError
             for key, _ in sel.select(left):
                 if key.fileobj is sock: self._wire.fill()
                 elif not self._hear(said): sel.unregister(out)
@@ -405,14 +417,17 @@ def _drain(self:ProcessREPL, said):
 
 # %% ../nbs/04_repl.ipynb #603d9f00
 @patch
-def _call(self:ProcessREPL, m, ctx, end):
+def _call(self:ProcessREPL, m, ctx, clock):
     "Run a host function in a thread; not more than 64 wait at a time"
     self._calls = {o for o in self._calls if not o.done()}
-    if len(self._calls) >= 64: wait(self._calls, max(end-time.monotonic(), 0), FIRST_COMPLETED)
-    self._calls.add(self._pool.submit(ctx.copy().run, _answer, self._wire, self.funcs, m))
+    if len(self._calls) >= 64: wait(self._calls, max(clock.left(), 0), FIRST_COMPLETED)
+    self._calls.add(self._pool.submit(ctx.copy().run, _answer, self._wire, self.funcs, m, clock))
 
-def _answer(wire, funcs, m):
-    "Call a host function and send what it gives, or the error"
+def _answer(wire, funcs, m, clock):
+    "Call a host function and send what it gives, or the error; meanwhile the clock of the cell stands still"
+    with clock.paused(): _answered(wire, funcs, m)
+
+def _answered(wire, funcs, m):
     try: msg = dict(value=enc(funcs[m['name']](*dec(m['args']), **{k:dec(v) for k, v in m['kwargs']})))
     except Exception as e: msg = dict(error=kind_of(e), message=plain(str(e))[:2000])
     with suppress(OSError):
@@ -423,19 +438,20 @@ def _answer(wire, funcs, m):
 @patch
 def run(self:ProcessREPL,
     code:str, # one cell
-    timeout:float=None, # seconds; None: that of the REPL
+    timeout:float=None, # seconds of its own work; None: that of the REPL
+    wall:float=None, # seconds in all, host functions included; None: no limit
 )->CellResult:
     "Run a cell"
-    limit, said, t0 = timeout or self.timeout, Tail(), time.perf_counter()
+    said, t0, limit = Tail(), time.perf_counter(), timeout or self.timeout
     with self._lock:
         if not self._end.alive: self._start()
         try:
-            self._wire.send(do='run', code=code, limit=limit)
-            m = self._reply(time.monotonic() + limit + self.grace, said)
+            self._wire.send(do='run', code=code, limit=limit, wall=wall)
+            m = self._reply(clock := Clock(limit+self.grace, wall and wall+self.grace), said)
             self._drain(said)
             res = self._parts(m, said)
             return self._again(said, res.error, res.seconds) if m['full'] else res
-        except TimeoutError: error = TOO_LONG.format(limit)
+        except TimeoutError: error = TOO_LONG.format(clock.limit-self.grace)
         except (EOFError, ConnectionError): error = self._why()
         except (ValueError, KeyError, TypeError, RecursionError): error = 'RuntimeError: the REPL sent what is not its protocol, and was ended'
         except BaseException:
@@ -487,7 +503,7 @@ def _ask(self:ProcessREPL, **msg):
         if not self._end.alive: self._start()
         try:
             self._wire.send(**msg)
-            m = self._reply(time.monotonic() + self.timeout, Tail())
+            m = self._reply(Clock(wall=self.timeout), Tail())
             if m.get('is') == 'failed': raise exception(str(m.get('error')), _str(m.get('message')))
             if 'names' in m: self._names = _names(m)
             return dec(m['value'])
@@ -606,7 +622,7 @@ class MontyREPL(REPL):
     def __init__(self,
         context=None, # text, bytes, list, dict, or the `Path` of a text
         funcs:dict=None, # name: callable; they run in this process
-        timeout:float=60, # seconds a cell
+        timeout:float=60, # seconds of a cell's own work
         memory:int=4<<30, # bytes of all values, the context included
         most:int=2<<30, # bytes of a file that is read as context
     ):
@@ -618,7 +634,7 @@ class MontyREPL(REPL):
         self.funcs,self._names,self._lock,self._end,self._final,self._pending = dict(funcs or {}),[],threading.RLock(),None,None,None
         self._lookup = {k:self._host(f) for k, f in self.funcs.items()} | dict(FINAL=self._FINAL, FINAL_VAR=self._FINAL_VAR)
         self._lookup |= {k:getattr(self, f'_{k}') for k in ('input', 'exit', 'quit')}
-        self._given = ['context', *self._lookup]
+        self._given, self._clock = ['context', *self._lookup], Clock()
         self._lookup |= {f'__given_{k}':f for k, f in self._lookup.items()}
         self._start()
 
@@ -719,7 +735,8 @@ def _assigned(tree):
 def _host(self:MontyREPL, f):
     "A host function as the sandbox may call it"
     def call(*args, **kwargs):
-        try: return dec(enc(f(*dec(enc(list(args))), **dec(enc(kwargs)))))
+        try:
+            with self._clock.paused(): return dec(enc(f(*dec(enc(list(args))), **dec(enc(kwargs)))))
         except Refused as e: raise TypeError(str(e)) from None
         except KeyboardInterrupt as e:
             self._interrupt = e
@@ -764,26 +781,36 @@ def stop(self:MontyREPL):
 @patch
 def run(self:MontyREPL,
     code:str, # one cell
-    timeout:float=None, # seconds; None: that of the REPL
+    timeout:float=None, # seconds of its own work; None: that of the REPL
+    wall:float=None, # seconds in all, host functions included; None: no limit
 )->CellResult:
     "Run a cell"
     import pydantic_monty as pm
-    limit, said, t0, value, error = timeout or self.timeout, Tail(), time.perf_counter(), None, None
+    said, t0, value, error = Tail(), time.perf_counter(), None, None
     with self._lock:
         if not self._end.alive: self._start()
         self._n, self._final, self._interrupt = self._n+1, None, None
-        source = self._read(code)
-        timer = threading.Timer(limit, self.stop)
-        timer.daemon = True
-        timer.start()
+        source, ended = self._read(code), threading.Event()
+        self._clock = Clock(timeout or self.timeout, wall)
+        threading.Thread(target=self._watch, args=(self._clock, ended), daemon=True).start()
         try:
             try: value = self._feed(source, said)
-            except pm.MontyCrashedError: error = TOO_LONG.format(limit) if self._killed else _ended
+            except pm.MontyCrashedError: error = self._too_long() if self._killed else _ended
             except pm.MontyError as e: error = self._failed(e)
             except UnicodeError as e: error = f'SyntaxError: {e}'
             if self._interrupt: raise self._interrupt
-            return self._left(value, error, said, t0, limit)
-        finally: timer.cancel()
+            return self._left(value, error, said, t0)
+        finally: ended.set()
+
+@patch
+def _watch(self:MontyREPL, clock, ended):
+    "Stop the cell when its time is over"
+    while (left := clock.left()) > 0:
+        if ended.wait(max(left, .02)): return
+    if not ended.is_set(): self.stop()
+
+@patch
+def _too_long(self:MontyREPL): return TOO_LONG.format(self._clock.limit)
 
 @patch
 def _read(self:MontyREPL, code):
@@ -797,7 +824,7 @@ def _read(self:MontyREPL, code):
 
 # %% ../nbs/04_repl.ipynb #54d27013
 @patch
-def _left(self:MontyREPL, value, error, said, t0, limit):
+def _left(self:MontyREPL, value, error, said, t0):
     "The result, after names are read and given ones put back; a fresh session if the worker is gone"
     import pydantic_monty as pm
     lost, changed, seconds = self._names, [], time.perf_counter() - t0
@@ -810,7 +837,7 @@ def _left(self:MontyREPL, value, error, said, t0, limit):
         self._end()
         self._names = []
         self._start()
-        return _monty_result(said, None, error or TOO_LONG.format(limit), seconds, None, [], lost=lost, restarted=True)
+        return _monty_result(said, None, error or self._too_long(), seconds, None, [], lost=lost, restarted=True)
     except pm.MontyError as e: error, self._final = self._failed(e), None
     return _monty_result(said, value, error, seconds, self._final, changed)
 
@@ -891,7 +918,7 @@ def open_repl(
     kind:str='ipython', # 'ipython', 'monty', 'process' or 'jail'
     context=None, # what the cells find as `context`
     funcs:dict=None, # host functions by name; they run in this process
-    **limits, # `timeout`, seconds a cell, and what else the kind of REPL takes
+    **limits, # `timeout`, seconds of a cell's own work, and what else the kind of REPL takes
 )->REPL:
     "Open a REPL of a kind"
     kinds = dict(ipython=IPythonREPL, monty=MontyREPL, process=ProcessREPL, jail=JailREPL)

@@ -71,7 +71,7 @@ class RLM:
         sub_prompt:str=SUB_PROMPT, # system message of plain sub-calls
         window:int=None, # tokens that the model of a run can read; None: what is known of it
         max_output:int=5000, # characters of a cell's output that the model gets to see
-        cell_timeout:float=600, # seconds a cell may run, its sub-calls included
+        cell_timeout:float=120, # seconds of a cell's own work; sub-calls, child runs and tools do not count
         timeout:float=600, # seconds that one attempt at a model call may take
         num_retries:int=2, # attempts after the first, for faults that pass
         limits:dict=None, # keywords of the REPL
@@ -147,10 +147,9 @@ class Tree:
 @patch
 def wait(self:Tree,
     coro, # calls through the door
-    until:float=None, # on the monotonic clock; None: as long as it takes
 ):
     "Wait for model calls, unless the tree is cancelled"
-    return on_loop(self._job(coro), None if until is None else max(.05, until-time.monotonic()))
+    return on_loop(self._job(coro))
 
 @patch
 async def _job(self:Tree, coro):
@@ -191,10 +190,10 @@ def fingerprint(
 # %% ../nbs/07_rlm.ipynb #d4448f0a
 class Run(ToolLoop):
     "One run of a tree"
-    def __init__(self, rlm, tree, query, context=None, depth=0, name='root', parent=None, output_type=None, until=None):
-        store_attr('rlm,tree,depth,name,parent,output_type,until')
+    def __init__(self, rlm, tree, query, context=None, depth=0, name='root', parent=None, output_type=None):
+        store_attr('rlm,tree,depth,name,parent,output_type')
         self.to, self.past, self.pending, self.told, self.history, self.tokens = rlm.target(depth), [], [], 0, [], 0
-        self.has_context, self.looked, self.warned, self.steps, self.taken, self.ends = context is not None, False, False, 0, 0, until
+        self.has_context, self.looked, self.warned, self.steps, self.taken = context is not None, False, False, 0, 0
         self.fenced = self._protocol()=='fenced'
         self.repl = self._open(context)
         tree.runs.add(self)
@@ -305,13 +304,13 @@ def sub_call(self:Run, prompt, model=None):
 def llm_query(self:Run, prompt, model=None):
     "Ask another language model. It sees only the prompt and returns its answer; a list of prompts gives a list of answers."
     if isinstance(prompt, (list, tuple)): return self.llm_query_batched(prompt, model)
-    return _said(self.tree.wait(self.tree.door.acall(**self.sub_call(prompt, model)), self.ends))
+    return _said(self.tree.wait(self.tree.door.acall(**self.sub_call(prompt, model))))
 
 @patch
 def llm_query_batched(self:Run, prompts, model=None):
     "Ask many prompts at the same time; answers in the same order, failed ones as text that begins with 'ERROR: '."
     calls = [self.sub_call(p, model) for p in _listed('prompts', prompts)]
-    res = self.tree.wait(self.tree.door.many(calls, progress=partial(self.progress, time.monotonic())), self.ends)
+    res = self.tree.wait(self.tree.door.many(calls, progress=partial(self.progress, time.monotonic())))
     return _values_of([r if isinstance(r, BaseException) else _said(r) for r in res])
 
 # %% ../nbs/07_rlm.ipynb #c07a0037
@@ -376,7 +375,7 @@ def child_name(self:Run, prompt, context):
 def child(self:Run, prompt, context, name):
     "The answer of a child run"
     try:
-        with Run(self.rlm, self.tree, prompt, context, self.depth+1, name, self.name, until=self.ends) as run: return run.answered().text
+        with Run(self.rlm, self.tree, prompt, context, self.depth+1, name, self.name) as run: return run.answered().text
     except Exception as e:
         self.tree.trace.add('error', run=name, depth=self.depth+1, error=type(e).__name__, text=str(e))
         raise
@@ -435,31 +434,25 @@ def cell(self:Run, code):
     "Run a cell and write it down; returns what the model reads"
     if self.tree.ledger.cancelled: raise BudgetExceeded('cancelled')
     self.index += 1
-    seconds = self.cell_seconds()
-    self.ends = time.monotonic() + seconds
-    r = self.run_code(code, seconds)
+    r = self.run_code(code)
     if 'history' in r.lost: self.repl.put('history', list(self.history))
     self.looked |= any(o in code for o in ('context', *(f.__name__ for f in self.rlm.tools)))
     return self.read(code, r)
 
 # %% ../nbs/07_rlm.ipynb #c07a0034
 @patch
-def run_code(self:Run, code, seconds):
-    "Run a cell so that Ctrl-C is heard"
-    if self.repl.kind!='monty' or threading.current_thread() is not threading.main_thread(): return run_code(self.repl, code, seconds)
-    job = _in_thread(partial(run_code, self.repl, code, seconds))
+def run_code(self:Run, code):
+    "Run a cell within the time of the run, and so that Ctrl-C is heard"
+    left = self.tree.ledger.seconds_left()
+    run = partial(run_code, self.repl, code, self.rlm.cell_timeout, None if left is None else max(.1, left))
+    if self.repl.kind!='monty' or threading.current_thread() is not threading.main_thread(): return run()
+    job = _in_thread(run)
     try: return job.result()
     except BaseException:
         if not job.done():
             self.tree.cancel()
             wait([job], 5)
         raise
-
-@patch
-def cell_seconds(self:Run):
-    "Seconds that a cell may run: within its limit, the budget and the parent's cell"
-    left, until = self.tree.ledger.seconds_left(), None if self.until is None else self.until-time.monotonic()
-    return max(.1, min(o for o in (self.rlm.cell_timeout, left, until) if o is not None))
 
 # %% ../nbs/07_rlm.ipynb #c07a0035
 @patch
@@ -478,7 +471,7 @@ def request(self:Run, kind='root', number='', ask=None, **kw):
     msgs = self.messages + ([dict(role='user', content='\n\n'.join(self.pending))] if self.pending else [])
     where = dict(run=self.name, depth=self.depth, step=self.steps, kind=kind, key=f'{self.name}#{self.steps}.{kind}{number}', new=msgs[self.told:])
     call = self.tree.door.acall(msgs, self.to, **where, **{**(self.ask if ask is None else ask), **kw})
-    r = self.tree.wait(call, self.until)
+    r = self.tree.wait(call)
     self.messages, self.pending, self.told = msgs, [], len(msgs)
     return r
 

@@ -87,7 +87,7 @@ def prep_shell(
 
 # %% ../nbs/05_tools.ipynb #c2a31eaa
 _about_tool = """Run one cell of Python in the persistent REPL and get back what it printed, the value of its last expression, or the error.
-Variables, imports and functions stay for the next cell. Output of more than {:,} characters loses its middle. A cell is stopped after {:g} seconds."""
+Variables, imports and functions stay for the next cell. Output of more than {:,} characters loses its middle. A cell is stopped after {:g} seconds of its own work; sub-calls do not count."""
 
 def _unfence(code):
     "Code without a fence around the whole of it"
@@ -104,10 +104,11 @@ def no_answer(
 def run_code(
     repl, # any REPL
     code:str, # one cell, as a model wrote it
-    timeout:float=60, # seconds it may run
+    timeout:float=60, # seconds of its own work
+    wall:float=None, # seconds in all, sub-calls included; None: no limit
 )->CellResult:
     "Run a model's cell; an ending that it gave stays in `repl.final`"
-    r = repl.run(_unfence(code), timeout)
+    r = repl.run(_unfence(code), timeout, wall)
     if r.final and no_answer(r.final.value): r.notes.append(f'Note: {r.final.value!r} is no answer; the run goes on.')
     elif r.final: repl.final = r.final
     return r
@@ -115,7 +116,7 @@ def run_code(
 def make_run_repl(
     sh, # from `prep_shell`, or any REPL
     max_output:int=5000, # characters of output that the model gets to see
-    timeout:float=60, # seconds a cell may run
+    timeout:float=60, # seconds of a cell's own work; sub-calls do not count
 ): # the tool
     "The tool with which the root model runs code"
     repl = as_repl(sh)

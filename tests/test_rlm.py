@@ -697,3 +697,19 @@ def test_a_repl_that_crashes_gets_its_history_again():
     cells = [repl_call(f'print("{c}"*1500)') for c in 'abcdef'] + [repl_call('import os\nos.kill(os.getpid(), 9)'), repl_call('len(history[0])'), 'FINAL(x)']
     res, _ = ask(*cells, context=None, window=4000, repl='process')
     assert outputs(res)[-1] == '1500' and 'history' in outputs(res)[-2]
+
+@pytest.mark.parametrize('repl', ['monty', 'process'])
+def test_sub_calls_and_children_do_not_count_as_time_of_a_cell(repl):
+    slow = lambda m: time.sleep(1.5) or 'late'
+    m = ScriptedModel(repl_call('a = llm_query("q")\nb = rlm_query("r")\nprint(a, b)'), slow, slow, repl_call('while True: pass'), 'FINAL(x)')
+    t0 = time.monotonic()
+    res = RLM(m, repl=repl, cell_timeout=1).completion('Q')
+    first, second = res.trace.of('cell')
+    assert first['output'] == 'late late' and first['seconds'] >= 3 and 'stopped after 1 s' in second['output'] and time.monotonic()-t0 < 30
+
+def test_the_seconds_of_a_budget_end_a_cell_with_all_it_waits_for():
+    def wait(): time.sleep(.2)
+    m = ScriptedModel(repl_call('while True: wait()'), default='so far')
+    t0 = time.monotonic()
+    res = RLM(m, tools=[wait], budget=Budget(seconds=3)).completion('Q')
+    assert (res.answer, res.stop_reason) == ('so far', 'seconds') and time.monotonic()-t0 < 6
