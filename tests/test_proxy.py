@@ -1,10 +1,12 @@
 "The quick start against a real LiteLLM gateway that routes to the bundled model, and what users get wrong there"
-import os, re, secrets, signal, socket, subprocess, sys, time, urllib.error, urllib.request
+import json, os, re, secrets, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 from pathlib import Path
 import pytest
 from rlm.core import advanced_toolloop
 from rlm.local import MODEL, LocalServer
+from rlm.models import ScriptedModel, repl_call
 from rlm.repl import as_repl
+from rlm.rlm import RLM
 from rlm.tools import prep_shell
 from rlm.usage import AuthError, GatewayUnreachable, ModelError, ModelNotFound
 
@@ -118,3 +120,44 @@ def test_a_gateway_whose_model_is_gone(sh, tmp_path):
     with LocalServer() as gone, Gateway(gone, tmp_path/'log') as g:
         gone.stop()
         with pytest.raises(ModelError, match='base_url=|Try again'): list(run(g, sh))
+
+
+# RLM over the gateway -------------------------------------------------------------------------------------------------
+def rlm(gateway, model=f'openai/{MODEL}', **kw): return RLM(model, **dict(base_url=gateway.url, api_key=gateway.key, num_retries=0, max_iterations=8) | kw)
+
+@pytest.mark.slow
+def test_rlm(gateway):
+    seen = []
+    for e in rlm(gateway).stream('What is the magic number?', '\n'.join(LINES)): seen.append(e)
+    res = seen[-1]
+    assert res.answer.rstrip('.') == '1298418' and res.stop_reason == 'final' and [e['type'] for e in seen[:2]] == ['run', 'request']
+    assert res.usage.calls == len(res.trace.of('reply')) == res.iterations >= 2 and res.usage.prompt_tokens > 100 and res.usage.cached_tokens > 50
+    assert list(res.usage.by_model) == [f'openai/{MODEL}'] and gateway.key not in json.dumps(res.trace.events)
+
+def test_rlm_with_a_wrong_key(gateway):
+    with pytest.raises(AuthError, match='api_key=') as e: rlm(gateway, api_key='sk-wrong-0123456789').completion('What is the magic number?', 'It is 7.')
+    assert [o['type'] for o in e.value.trace] == ['run', 'request', 'failed', 'error'] and 'sk-wrong' not in json.dumps(e.value.trace.events)
+
+def test_rlm_with_an_unknown_model(gateway):
+    with pytest.raises(ModelNotFound, match='model=') as e: rlm(gateway, 'openai/gpt-unheard-of').completion('What is the magic number?', 'It is 7.')
+    assert e.value.trace.of('failed')[0]['error'] == 'ModelNotFound'
+
+@pytest.mark.slow
+def test_a_batch_of_sub_calls_through_the_gateway(gateway):
+    cell = """r = llm_query_batched([f'What is the capital of {o}?' for o in ('France', 'Japan', 'Spain')])\none = llm_query('What is the capital of Germany?')"""
+    res = rlm(gateway, ScriptedModel(repl_call(cell), 'FINAL_VAR(r)'), recursive_model=f'openai/{MODEL}', max_concurrency=2, max_tokens=12, temperature=0).completion('Q')
+    assert len(res.value) == 3 and 'Tokyo' in res.value[1]
+    assert res.usage.by_depth[1].calls == 4 and res.usage.by_model[f'openai/{MODEL}'].completion_tokens > 5 and res.trace.of('batch')[-1]['done'] == 3
+
+@pytest.mark.slow
+def test_rlm_when_the_gateway_stops_in_mid_run_and_goes_on_at_another(gateway, model, tmp_path):
+    "What the first gateway answered is not asked of the second"
+    path, text, q = tmp_path/'run.jsonl', '\n'.join(LINES), 'What is the magic number?'
+    with Gateway(model, tmp_path/'log') as g, rlm(g, checkpoint=path).session(text) as s:
+        s.trace.listeners.append(lambda e: g.stop() if e['type'] == 'reply' else None)
+        with pytest.raises(GatewayUnreachable, match=re.escape(g.url)) as e: s.completion(q)
+    assert len(e.value.trace.of('reply')) == len(e.value.trace.of('cell')) == len(e.value.trace.of('failed')) == 1
+    res = rlm(gateway, checkpoint=path).completion(q, text)
+    assert res.answer.rstrip('.') == '1298418' and len(res.trace.of('reply')) == res.usage.calls == len({e['key'] for e in res.trace.of('reply')})
+    again = rlm(g, checkpoint=path).completion(q, text)
+    assert (again.answer, again.usage.calls) == (res.answer, res.usage.calls)
