@@ -48,7 +48,7 @@ def ollama_advice(
     for cls, statuses, pattern, fix in _OLLAMA_FAULTS:
         if status in statuses or re.search(pattern, text, re.I|re.S): return cls, fix.format(tag=tag, url=url or f'http://{HOST}')
 
-# %% ../nbs/03a_reach.ipynb #8782d7d3
+# %% ../nbs/03a_reach.ipynb #f72ebf2d
 def _open(url, body=None, api_key=None, timeout=5):
     "The JSON at a URL"
     from urllib import request
@@ -66,7 +66,10 @@ def error_text(
     except (ValueError, KeyError, TypeError): return text.strip()
     return str(err.get('message', err) if isinstance(err, dict) else err)
 
-def _said(e): return error_text(e.read(10_000).decode(errors='replace'))[:300] or str(e.reason)
+def _said(e):
+    "What an answer says, on one line; of a page only its status"
+    text = ' '.join(error_text(e.read(10_000).decode(errors='replace')).split())[:300]
+    return str(e.reason) if not text or text.startswith('<') else text
 
 def ask_ollama(
     path:str, # 'tags', 'show' ...

@@ -112,7 +112,7 @@ class OllamaServer:
         req = dict(model=self.backend['model'].split('/', 1)[1], messages=_openai_messages(body['messages']))
         req |= {k: body[k] for k in ('tools',) if body.get(k)} | {k: v for k, v in body.get('options', {}).items() if k in ('temperature', 'seed')}
         u = urlsplit(self.backend['base_url'])
-        link = http.client.HTTPConnection(u.hostname, u.port, timeout=300)
+        link = http.client.HTTPConnection(u.hostname, u.port, timeout=600)
         link.request('POST', f'{u.path}/chat/completions', json.dumps(req), {'Content-Type': 'application/json', 'Authorization': f"Bearer {self.backend['api_key']}"})
         r = link.getresponse()
         out = json.loads(r.read())
