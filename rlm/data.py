@@ -201,7 +201,7 @@ FAMILIES = dict(needle=10, entity=12, phrasing=16, retry=14, decoy=14, error=10,
 def subject(w):
     "What one question is about: an entity, an attribute of it and its value (in training often a person, so that an answer is told from a first hop)"
     s = SimpleNamespace()
-    s.asked, s.kind = (w.r.choice(w.lex['twohop']['first']), 'person') if not w.held and w.r.random()<.12 else attribute(w)
+    s.asked, s.kind = (w.r.choice(w.lex['twohop']['first']), 'person') if not w.held and w.r.random()<.03 else attribute(w)
     s.also, s.value = [], value(w, s.kind)
     s.entity, s.own, s.other = fill_in(w, w.pick('entities'))
     s.attr = content(s.asked)
