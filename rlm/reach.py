@@ -90,7 +90,7 @@ def ask_ollama(
     cls, fix = ollama_advice(text, status, tag, url) or (ProviderError, 'Check that this is an Ollama server, and look at its log.')
     raise cls(scrub(f'{who}: {text.rstrip(".")}. {fix}', [key or '']), status)
 
-# %% ../nbs/03a_reach.ipynb #75ac0be6
+# %% ../nbs/03a_reach.ipynb #c135ebae
 def ollama_facts(
     tag:str, # such as 'qwen3:4b'
     host:str=None, # see `host_url`
@@ -110,7 +110,7 @@ def _think(think, facts):
     if not levels or think in levels: return dict(think=think)
     return dict(think='medium' if think and 'medium' in levels else levels[-1] if think else levels[0])
 
-# %% ../nbs/03a_reach.ipynb #f2aeed8f
+# %% ../nbs/03a_reach.ipynb #4b13a3c5
 def read_name(
     name:str, # as it was typed
     host:str=None, # of Ollama
@@ -124,7 +124,7 @@ def read_name(
     if '/' in name: return 'litellm', name, base_url
     return ('gateway', f'openai/{name}', base_url) if base_url and not host else ('ollama', name, host_url(host))
 
-# %% ../nbs/03a_reach.ipynb #e5c5b170
+# %% ../nbs/03a_reach.ipynb #1a7bd587
 NUM_CTX = 131072 # tokens, unless the model reads fewer
 
 def _for_ollama(tag, url, api_key, think, num_ctx):
@@ -153,7 +153,7 @@ def resolve(
     if kind=='bundled': return dict(model=None) | own
     return dict(model=model) | {k:v for k,v in dict(base_url=url, api_key=api_key, think=think).items() if v is not None} | own
 
-# %% ../nbs/03a_reach.ipynb #875c04ce
+# %% ../nbs/03a_reach.ipynb #c5b81101
 CLOUDS = dict( # provider, as LiteLLM names it: environment variable with its key, model that is asked when none is named
     openai=('OPENAI_API_KEY', 'gpt-4o-mini'),
     anthropic=('ANTHROPIC_API_KEY', 'claude-haiku-5-5'),
@@ -177,7 +177,7 @@ def clouds()->list: # LiteLLM's names
     "The default model of each cloud whose key is in the environment"
     return [f'{provider}/{model}' for provider,(variable,model) in CLOUDS.items() if os.environ.get(variable)]
 
-# %% ../nbs/03a_reach.ipynb #b1646a29
+# %% ../nbs/03a_reach.ipynb #52e95e08
 class Reachable(list):
     "Rows of models that can be asked, and of places that do not answer"
     def __str__(self): return '\n'.join(_lines(self))
@@ -197,7 +197,7 @@ def _lines(rows):
 
 def _row(name, provider, where, note='', error=None): return dict(name=name, provider=provider, where=where, note=error or note, error=error)
 
-# %% ../nbs/03a_reach.ipynb #7d21f3d7
+# %% ../nbs/03a_reach.ipynb #aba5536d
 def _bundled_rows():
     from importlib.util import find_spec
     from rlm.local import MODEL, cached_gguf, find_gguf, _packaged_gguf
@@ -215,7 +215,7 @@ def _ollama_rows(host, api_key):
     try:
         url = host_url(host)
         found = ask_ollama('tags', host, api_key=api_key, timeout=3).get('models') or []
-    except ModelError as e: return [_row(None, 'ollama', url, error=str(e))]
+    except ModelError as e: return [_row(None, 'ollama', url, error=str(e).removeprefix(f'{url}: '))]
     return [_row(m['name'], 'ollama', url, _size(m)) for m in found] or [_row(None, 'ollama', url, error='runs, and has no model yet: `ollama pull qwen3:4b` gets one')]
 
 def _cloud_rows(): return [_row(o, o.partition('/')[0], 'cloud', f"{CLOUDS[o.partition('/')[0]][0]} is set") for o in clouds()]
