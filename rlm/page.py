@@ -77,7 +77,7 @@ def places(
     "Where the words of an answer were read"
     return [_node_places(node, trace.events) for node in trace.runs()]
 
-# %% ../nbs/02b_page.ipynb #ea65dc5f
+# %% ../nbs/02b_page.ipynb #0f386515
 def _template(): return files('rlm').joinpath('page.html').read_text(encoding='utf-8')
 
 def _hash(page, tag):
@@ -96,9 +96,9 @@ def _json(o):
     except (TypeError, ValueError, RecursionError): s = json.dumps(_plain(o, str), ensure_ascii=False, separators=(',', ':'))
     return s.replace('<', '\\u003c')
 
-def _utf8(s): return s.encode('utf-8', 'surrogatepass').decode('utf-8', 'replace')
+def _line(s): return ' '.join(re.sub('[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]', ' ', s).split())
 
-# %% ../nbs/02b_page.ipynb #50975e62
+# %% ../nbs/02b_page.ipynb #fb337335
 def _traced(o):
     "A `Trace` of whatever has events"
     if isinstance(o, Trace): return o
@@ -112,7 +112,7 @@ def trace_html(
     "A run as a page that needs nothing else"
     trace, page = _traced(trace), _template()
     if title is None: title = next((e['query'] for e in trace if e['type']=='run' and isinstance(e.get('query'), str)), 'A run')[:120] + ' · rlm'
-    parts = dict(policy=_policy(page), title=html.escape(_utf8(title)), data=_json(dict(events=trace.events, places=places(trace))))
+    parts = dict(policy=_policy(page), title=html.escape(_line(title)), data=_json(dict(events=trace.events, places=places(trace))))
     return re.sub(r'\{\{(\w+)\}\}', lambda m: parts[m[1]], page)
 
 # %% ../nbs/02b_page.ipynb #0e2d22ea
