@@ -6,12 +6,13 @@
 __all__ = ['clean', 'excerpt', 'Screen', 'Tally', 'figures', 'Row', 'Story', 'bar', 'show_trace', 'Live', 'summary',
            'list_traces', 'diff_traces', 'run_html', 'show_live']
 
-# %% ../nbs/02a_show.ipynb #28581e40
+# %% ../nbs/02a_show.ipynb #d1fe181c
 import atexit, html, json, os, re, sys, threading, time, unicodedata
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from difflib import unified_diff
+from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
 from .usage import *
@@ -230,7 +231,7 @@ _how = dict(thought=lambda story, text: Row(story.cut(text, 4, 2000), 'dim itali
     text=lambda story, text: Row(story.cut(text, width=2000), 'magenta', '  ', 'prose'),
     code=lambda story, text: Row(story.cut(text, 2*story.lines), 'cyan', '  > ', 'code'))
 
-# %% ../nbs/02a_show.ipynb #28660422
+# %% ../nbs/02a_show.ipynb #1bf3f550
 def _tell_request(story, run, e):
     if e.get('kind')!='sub': return []
     messages = e.get('messages') or [None]
@@ -258,7 +259,7 @@ def _subs(story, run):
     "The sub-calls since the last turn or cell, in a few rows"
     if not run.sent and not run.used.calls: return []
     rows = [Row(_pair(*p, 160), 'dim', '  ~ ', depth=run.depth) for p in run.pairs]
-    rows.append(Row(f'sub-calls {bar(run.used.calls, max(run.sent, run.used.calls))} · {figures(run.used, max(0, run.until-run.since), run.failed)}', 'blue', '  ~ ', depth=run.depth))
+    rows.append(Row(f'sub-calls {bar(run.used.calls, max(run.sent, run.used.calls))} · {figures(run.used, max(0, run.until-run.since), run.failed)}', 'blue', '  ~ ', 'prose', run.depth))
     run.asked, run.pairs, run.used, run.sent, run.failed, run.since, run.until = {}, [], Usage(), 0, 0, 0., 0.
     return rows
 
@@ -269,7 +270,7 @@ def _pair(asked, answer, width):
 
 def _clip(s, n): return s if len(s)<=n else s[:n-1]+'…'
 
-# %% ../nbs/02a_show.ipynb #1c5e18a4
+# %% ../nbs/02a_show.ipynb #a006d1e1
 def _tell_cell(story, run, e):
     code = str(e.get('code', ''))
     rows = [] if code.strip() in run.said else [Row(story.cut(code, 2*story.lines), 'cyan', '  > ', 'code')]
@@ -286,12 +287,12 @@ def _tell_failed(story, run, e):
 def _tell_final(story, run, e):
     run.active = False
     how = f"{e.get('stop_reason', '')} after {_count(_n(e.get('iterations')), 'turn')}" + ('' if run.label else f" · {story.tally.line(_n(e.get('seconds')) or None)}")
-    return [*_subs(story, run), Row(story.cut(e.get('answer', ''), 100, 10_000), 'bold green', f'run {run.label} = ' if run.label else '= ', 'prose'), Row(story.cut(how, 1), 'dim', '  ')]
+    return [*_subs(story, run), Row(story.cut(e.get('answer', ''), 100, 10_000), 'bold green', f'run {run.label} = ' if run.label else '= ', 'prose'), Row(story.cut(how, 1), 'dim', '  ', 'prose')]
 
 def _tell_error(story, run, e):
     run.active = False
     rows = [*_subs(story, run), Row(story.cut(f"{e.get('error', '')}: {e.get('text', '')}", width=2000), 'bold red', f'run {run.label} ! ' if run.label else '! ', 'prose')]
-    return rows + ([] if run.label else [Row(story.tally.line(), 'dim', '  ')])
+    return rows + ([] if run.label else [Row(story.tally.line(), 'dim', '  ', 'prose')])
 
 def _one_line(text): return ' '.join(_clip(clean(str(text)[:2000]), 500).split())
 def _rest_of(e, *but): return {k:v for k,v in e.items() if k not in ('v', 'n', 't', 'type', 'run', 'depth', 'step', 'replayed', *but)}
@@ -385,7 +386,7 @@ def show_trace(
         if what=='event': printer(story(e))
     for run in story.runs.values(): printer(_subs(story, run))
 
-# %% ../nbs/02a_show.ipynb #b95f4fa5
+# %% ../nbs/02a_show.ipynb #a47b3630
 class Live:
     "Shows a run while it happens: a listener of its trace"
     def __init__(self,
@@ -394,7 +395,7 @@ class Live:
         lines:int=12, # lines kept of an output
     ):
         self.out, self.columns, self.story, self.lock = out, width, Story(lines), threading.RLock()
-        self.printer, self.region, self.below, self.since = None, None, [], None
+        self.printer, self.region, self.busy, self.below, self.since = None, None, {}, [], None
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
@@ -417,7 +418,7 @@ class Live:
                 region.stop()
                 atexit.unregister(self.close)
 
-# %% ../nbs/02a_show.ipynb #d3a73a34
+# %% ../nbs/02a_show.ipynb #cc750f6f
 @patch
 def _show(self:Live, e):
     if not self.printer: self.printer = _Printer(self.out, self.columns)
@@ -425,16 +426,17 @@ def _show(self:Live, e):
     if e['type']=='run' and not run.depth: self.since = time.monotonic()
     if ended := not run.depth and e['type'] in ('final', 'error'): self.close()
     elif self.printer.console and self.since is not None and not self.region: self._start()
-    self.below = self._under_way()
+    self._under_way(run)
     self.printer(rows)
     if ended: self.since = None
 
 @patch
-def _under_way(self:Live):
-    "A bar for each run that waits for sub-calls"
-    busy = [r for r in self.story.runs.values() if r.active and r.sent]
-    told = [f"{'  │ '*r.depth}  ~ {r.label and f'run {r.label} '}sub-calls {bar(r.used.calls, r.sent)}{f', {r.failed:,} failed' if r.failed else ''}" for r in busy[:6]]
-    return told + ([f'  … {len(busy)-6:,} more runs'] if len(busy)>6 else [])
+def _under_way(self:Live, run):
+    "Keep a bar for each run that waits for sub-calls; the first six are shown"
+    if run.active and run.sent: self.busy[run.name] = run
+    else: self.busy.pop(run.name, None)
+    told = [f"{_guide(r)}  ~ {r.label and f'run {r.label} '}sub-calls {bar(r.used.calls, r.sent)}{f', {r.failed:,} failed' if r.failed else ''}" for r in islice(self.busy.values(), 6)]
+    self.below = told + ([f'  … {len(self.busy)-6:,} more runs'] if len(self.busy)>6 else [])
 
 @patch
 def _start(self:Live):
@@ -450,7 +452,7 @@ def _render(self:Live):
     from rich.text import Text
     seconds = time.monotonic() - (self.since or time.monotonic())
     line = f"{'⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏'[int(seconds*10)%10]} turn {self.story.tally.turns+1} · {self.story.tally.line(seconds)}"
-    return Text('\n'.join([*self.below, line]), 'blue', no_wrap=True, overflow='ellipsis')
+    return Text('\n'.join([*self.below, line]), 'blue')
 
 # %% ../nbs/02a_show.ipynb #8e754100
 def summary(
@@ -475,7 +477,7 @@ def _listed(path, named):
     try: return dict(file=str(path), **summary(path))
     except (RLMError, OSError) as e: return dict(file=str(path), error=str(e)) if named else None
 
-# %% ../nbs/02a_show.ipynb #61a8aced
+# %% ../nbs/02a_show.ipynb #166b48c0
 def list_traces(
     paths, # files, and folders of them
     out=None, # a stream; None: stdout
@@ -483,17 +485,27 @@ def list_traces(
 )->list: # of dicts, as `summary` makes them, with `file`; one that cannot be read has `error`
     "Print one line for each trace"
     rows, printer = [o for o in (_listed(*f) for f in _files(paths)) if o], _Printer(out, width)
-    table = [_head] + [_cells(o) for o in rows if 'error' not in o]
-    wide = [max(len(r[i]) for r in table) for i in range(len(_head)-1)]
-    for i,r in enumerate(table): printer([Row('  '.join([*(c.ljust(w) if j in (0, 1, 7) else c.rjust(w) for j,(c,w) in enumerate(zip(r, wide))), r[-1]]), '' if i else 'bold')])
+    wide = printer.console.width if printer.console else width or 160
+    printer(_table([_cells(o, wide<110) for o in rows if 'error' not in o], wide))
     printer([Row(_one_line(f"{o['file']}: {o['error']}"), 'red') for o in rows if 'error' in o])
     return rows
 
-_head = 'file model turns calls tokens cost seconds ended question'.split()
+def _cells(o, narrow):
+    "A line of the table; without the model where there is little room"
+    file, cost, more = _one_line(o['file']), '?' if o['cost'] is None else _usd(o['cost']), f" (+{o['questions']-1})" if o['questions']>1 else ''
+    most = 16 if narrow else 40
+    cells = dict(file=file if len(file)<=most else '…'+file[1-most:], question=_one_line(o['question'])+more, model=_clip(_one_line(o['model']), 30), turns=f"{o['turns']:,}",
+        calls=f"{o['calls']:,}", tokens=f"{o['tokens']:,}", cost=cost, seconds=f"{o['seconds']:,.1f}", ended=_clip(_one_line(o['ended']), 20))
+    return {k:v for k,v in cells.items() if not (narrow and k=='model')}
 
-def _cells(o):
-    cost, question = '?' if o['cost'] is None else _usd(o['cost']), _one_line(o['question']) + (f" (+{o['questions']-1})" if o['questions']>1 else '')
-    return [_clip(_one_line(x), 40) for x in (o['file'], o['model'], f"{o['turns']:,}", f"{o['calls']:,}", f"{o['tokens']:,}", cost, f"{o['seconds']:,.1f}", o['ended'])] + [question]
+def _table(lines, width):
+    "Rows in columns; the question gets what room there is"
+    if not lines: return []
+    table = [{k:k for k in lines[0]}, *lines]
+    wide = {k:max(len(l[k]) for l in table) for k in table[0]}
+    wide['question'] = min(wide['question'], max(10, width - sum(wide.values()) + wide['question'] - 2*len(wide) + 2))
+    cell = lambda k, s: _clip(s, wide[k]).ljust(wide[k]) if k in ('file', 'question', 'model', 'ended') else s.rjust(wide[k])
+    return [Row('  '.join(cell(*o) for o in l.items()).rstrip(), '' if i else 'bold') for i,l in enumerate(table)]
 
 # %% ../nbs/02a_show.ipynb #60c49b55
 def _gist(trace):
@@ -613,14 +625,14 @@ def _repr_html_(self:Trace):
     cost = '' if s['cost'] is None else f" · {_usd(s['cost'])}"
     return run_html(self, answer, f"{s['ended']} after {_count(s['turns'], 'turn')} · {_count(s['calls'], 'call')} · {_count(s['tokens'], 'token')}{cost} · {s['seconds']:,.1f} s · {_count(len(self), 'event')}")
 
-# %% ../nbs/02a_show.ipynb #9fb04969
+# %% ../nbs/02a_show.ipynb #41800d4d
 def show_live(
     events, # as `RLM.stream` yields them
     every:float=.25, # seconds between two updates
 ): # the `RLMResult`, if the events end with one
     "Show a run in a notebook while it happens"
     from IPython import get_ipython
-    return _in_terminal(events) if get_ipython() is None else _in_notebook(events, every)
+    return _in_terminal(events) if type(get_ipython()).__name__ in ('NoneType', 'TerminalInteractiveShell') else _in_notebook(events, every)
 
 def _in_terminal(events):
     res = None
