@@ -21,11 +21,11 @@ from . import __version__
 from .usage import RLMError
 from .repl import MappedText
 
-# %% ../nbs/08_documents.ipynb #ee79eb60
+# %% ../nbs/08_documents.ipynb #587efd99
 class DocumentError(RLMError):
     "A file, folder or address that cannot be read"
     def __init__(self, name, why):
-        self.name, self.why = shown(name), why
+        self.name, self.why = shown(name)[:300], why
         super().__init__(f"{self.name}{' ' if why.startswith(('is ', 'has ')) else ': '}{why}")
 
 class TooMuch(DocumentError): "More than fits in memory, in all"
@@ -69,12 +69,15 @@ def joined(
         pos = sources[-1].end + 1
     return Documents(''.join(parts[:-1]), sources, list(skipped))
 
-# %% ../nbs/08_documents.ipynb #9c1e18f0
-def _lines(text, start, end):
-    "Line ends between two positions"
-    if isinstance(text, str): return text.count('\n', start, end)
-    step = 1 << 22
-    return sum(text[i:min(i+step, end)].count('\n') for i in range(start, end, step))
+# %% ../nbs/08_documents.ipynb #0f130730
+def _lines(path, end):
+    "Line ends in a file before a position"
+    n = 0
+    with open(path, encoding='utf-8', errors='replace', newline='') as f:
+        while part := f.read(min(end, 1<<20)):
+            n += part.count('\n')
+            end -= len(part)
+    return n
 
 @patch
 def where(self:Documents,
@@ -83,7 +86,7 @@ def where(self:Documents,
     "Where a position comes from"
     if offset < 0 or not self.sources or offset > self.sources[-1].end: raise ValueError(f'there is no position {offset:,} in the text')
     source = self.sources[bisect_left([o.end for o in self.sources], offset)]
-    return source.name, 1 + _lines(self.text, source.start, max(source.start, offset))
+    return source.name, 1 + (_lines(self.path, offset) if self.path else self.text.count('\n', source.start, max(source.start, offset)))
 
 # %% ../nbs/08_documents.ipynb #b17e9e9f
 def size_text(
@@ -474,15 +477,16 @@ def _ignored(path, is_dir, rules):
         if (is_dir or not r.folders) and _matches(r.pattern, parts[r.base]): return not r.keep
     return False
 
-# %% ../nbs/08_documents.ipynb #883a3dc4
+# %% ../nbs/08_documents.ipynb #f6276036
 def _reason(e, root, rules):
     "Why an entry of a folder is left out, or None"
     is_dir = e.is_dir(follow_symlinks=False)
     if e.name.startswith('.'): return 'hidden'
     if is_dir and e.name in _FILLED: return 'filled by other programs'
     if _ignored(e.path, is_dir, rules): return 'left out by .gitignore'
+    if e.is_symlink() and os.path.isdir(e.path): return 'a link to a folder'
     if e.is_symlink() and not os.path.realpath(e.path).startswith(os.path.join(root, '')): return 'a link out of the folder'
-    if not is_dir and not os.path.isfile(e.path): return 'a link to a folder' if os.path.isdir(e.path) else 'not a file'
+    if not is_dir and not os.path.isfile(e.path): return 'not a file'
 
 def walk(
     folder:str, # where to begin
@@ -519,7 +523,7 @@ def expand(
 ): # yields paths
     "What a pattern matches, in order of name"
     root, *parts = pattern.split('/') if pattern.startswith('/') else ['.', *pattern.split('/')]
-    for path in _expand(root or '/', [o for o in parts if o]): yield path.removeprefix('./') if not pattern.startswith('./') else path
+    for path in _expand(root or '/', [o for o in parts if o not in ('', '.')]): yield path.removeprefix('./') if not pattern.startswith('./') else path
 
 def _expand(at, parts):
     if not parts: return (yield at)
@@ -535,7 +539,7 @@ def _expand(at, parts):
         if part == '**' and e.is_dir(follow_symlinks=False) and e.name not in _FILLED: yield from _expand(e.path, parts)
         elif part != '**' and fnmatch.fnmatchcase(e.name, part) and (not rest or e.is_dir()): yield from _expand(e.path, rest)
 
-# %% ../nbs/08_documents.ipynb #1cbdf1d3
+# %% ../nbs/08_documents.ipynb #5c5ee7fd
 _PAGE = 100 << 20
 
 class Page(NamedTuple):
@@ -545,11 +549,13 @@ class Page(NamedTuple):
     charset:str # as the server says, or None
     url:str # after redirects
 
+_NOT_WEB = 'redirects to an address that is neither http nor https'
+
 def _opener():
     from urllib.request import build_opener, HTTPRedirectHandler
     class Redirects(HTTPRedirectHandler):
         def redirect_request(self, req, fp, code, msg, headers, newurl):
-            if not re.match('(?i)https?://', newurl): raise DocumentError(req.full_url, f'redirects to {shown(newurl)[:200]}, which is neither http nor https')
+            if not re.match('(?i)https?://', newurl): raise DocumentError(req.full_url, _NOT_WEB)
             return super().redirect_request(req, fp, code, msg, headers, newurl)
     opener = build_opener(Redirects)
     opener.addheaders = []
@@ -602,7 +608,7 @@ def _url_trouble(url, e, timeout):
     import socket, ssl
     from urllib.error import HTTPError
     if isinstance(e, HTTPError):
-        if 300 <= e.code < 400: return DocumentError(url, 'redirects without end; check the address')
+        if 300 <= e.code < 400: return DocumentError(url, _NOT_WEB if 'not allowed' in str(e.reason) else 'redirects without end, or to nowhere; check the address')
         return DocumentError(url, f"the server answers {e.code} {shown(e.reason)[:100]}; {_ADVICE.get(e.code, 'try again later, or save the page and give the file')}")
     why = getattr(e, 'reason', e)
     if isinstance(why, (TimeoutError, socket.timeout, concurrent.futures.TimeoutError)): return DocumentError(url, f'no whole answer within {timeout:g} s; try again, or save the page and give the file')
@@ -651,7 +657,7 @@ class Loader:
         self.docs.append((shown(name), text))
         if remark: self.skipped.append((shown(name), remark))
 
-# %% ../nbs/08_documents.ipynb #ea268910
+# %% ../nbs/08_documents.ipynb #fbb6da1d
 @patch
 def read(self:Loader,
     name:str, # for errors
@@ -661,7 +667,7 @@ def read(self:Loader,
     "Take in what an open file holds"
     data = f.read(_HEAD)
     if kind(name, data[:1024]) == 'text': _refuse_binary(name, data, self.encoding or _encoding(data))
-    data += f.read(self.most+1-len(data))
+    data += f.read(max(0, self.most+1-len(data)))
     if len(data) > self.most: raise DocumentError(name, f'is more than the {size_text(self.most)} that are read into memory; save it as a file and ask about that alone, with --repl jail')
     self.keep(title or name, *to_text(name, data, self.encoding))
 
