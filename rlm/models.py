@@ -171,11 +171,20 @@ def _sendable(messages):
 # %% ../nbs/03_models.ipynb #f23c01ea
 _FIX = {o[0]:o[-1] for o in _FAILURES}
 
+async def _collected(stream, model):
+    "One response out of a streamed one, with its price"
+    r = _litellm().stream_chunk_builder([c async for c in stream])
+    if r is not None: r._hidden_params['response_cost'] = model_price(model, r.usage.prompt_tokens, r.usage.completion_tokens)
+    return r
+
 async def _ask(messages, model, base_url, api_key, **kw):
     "One request by LiteLLM; every failure is a `ModelError`"
     if 'api_base' in kw: base_url = kw.pop('api_base')
     if provider := kw.pop('custom_llm_provider', None): model = f'{provider}/{model}'
-    try: r = await _litellm().acompletion(model=model, messages=_sendable(messages), api_base=base_url, api_key=api_key, **dict(max_retries=0)|kw)
+    try:
+        if kw.get('stream'): kw.setdefault('stream_options', dict(include_usage=True))
+        r = await _litellm().acompletion(model=model, messages=_sendable(messages), api_base=base_url, api_key=api_key, **dict(max_retries=0)|kw)
+        if kw.get('stream'): r = await _collected(r, model)
     except Exception as e: err = model_error(e, model, base_url, [api_key or '', *_secrets(kw)])
     else:
         if getattr(r, 'choices', None): return r
@@ -338,18 +347,21 @@ class _Call:
     def __repr__(self): return f"<{self.name}, about {self.size} tokens, {self.where['key']}>"
 
 # %% ../nbs/03_models.ipynb #98083b21
+_LONG = 7*24*3600.
+
 class Door:
     "The one way to the models for a run and all its children: bounded, within one budget, written down"
     def __init__(self,
         ledger:Ledger=None, # what the tree may spend; None: no limits
         trace:Trace=None, # where calls are noted
         limit:int=16, # calls under way at a time, of the whole tree
-        timeout:float=600, # seconds that one attempt may take
+        timeout:float=600, # seconds that one attempt may take; None: a week
         num_retries:int=2, # attempts after the first, for faults that pass
         replay:Replay=None, # replies of an earlier run that this one goes on from
     ):
         if limit<1: raise ValueError(f'limit={limit}: at least one call must be able to pass')
-        store_attr('trace,limit,timeout,num_retries,replay')
+        store_attr('trace,limit,num_retries,replay')
+        self.timeout = _LONG if timeout is None else timeout
         self.ledger, self._free, self._calm = ledger or Ledger(), asyncio.Semaphore(limit), {}
         self._tools, self._answers, self._wrote = {}, 0, 0
 
@@ -438,6 +450,7 @@ def _again(self:Door, call, event):
     "The response that was recorded"
     used = Usage(**{f.name:event['usage'][f.name] for f in fields(Usage) if f.name in event['usage']})
     self.ledger.replay(used, call.name, call.where['depth'])
+    if call.where['kind']!='sub' and not call.where['depth']: self.ledger.took(event.get('seconds') or 0)
     self._count(used)
     self._tell('reply', call, replayed=True, **{k:event.get(k) for k in _parts})
     return _recorded(event, used)

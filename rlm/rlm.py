@@ -18,7 +18,7 @@ from .usage import *
 from .trace import *
 from .show import Live, run_html
 from .models import *
-from .models import _litellm
+from .models import _litellm, _name as _called
 from .repl import *
 from .tools import *
 from .tools import _unfence
@@ -95,7 +95,7 @@ def settings(self:RLM)->dict: # without those that are None
     budget = {k:v for k,v in vars(self.budget).items() if v is not None} if self.budget else None
     return {k:v for k,v in dict(**names, **{k:getattr(self, k) for k in ('max_iterations', 'depth', 'protocol', 'max_output')}, budget=budget).items() if v is not None}
 
-def _name(model): return 'the bundled model' if model is None else model if isinstance(model, str) else getattr(model, 'name', None) or getattr(model, '__name__', type(model).__name__)
+def _name(model): return 'the bundled model' if model is None else _called(model)
 
 def thinking(think)->dict:
     "LiteLLM keywords for a choice of `think`"
@@ -138,11 +138,19 @@ def target(self:RLM,
 # %% ../nbs/07_rlm.ipynb #fbbd66a7
 class Tree:
     "The ledger, the trace and the door of one question, shared by all its runs"
-    def __init__(self, rlm, trace, replay=None, before=()):
+    def __init__(self, rlm, trace, replay=None, before=(), name='root'):
         self.ledger, self.trace, self.replay, self.before = Ledger(rlm.budget), trace, replay, before
         self.door = Door(self.ledger, trace, rlm.max_concurrency, rlm.timeout, rlm.num_retries, replay)
         self.room, self.lock, self.seen, self.runs, self.jobs = threading.BoundedSemaphore(rlm.max_concurrency), threading.Lock(), {}, set(), set()
+        self.count_failed(trace, name)
         self.overflowed = {(e.get('run'), e.get('step')) for e in trace.of('compact') if e.get('why')=='refused'}
+
+    def count_failed(self, trace, name):
+        "Count what an earlier life of this run sent in vain, and the time of that which the root waited for"
+        for e in trace.of('failed'):
+            if (run := e.get('run') or '') != name and not run.startswith(f'{name}/'): continue
+            self.ledger.replay(None, e.get('model'), e.get('depth') or 0)
+            if e.get('kind')!='sub' and run==name: self.ledger.took(e.get('seconds') or 0)
 
     def number(self, key):
         "How often this key came before"
@@ -467,7 +475,9 @@ def read(self:Run, code, r):
     "What the model reads of a cell: the first time as it is, later as it was"
     said = dict(output=r.text(self.rlm.max_output), error=r.error, lost=r.lost, cut=r.cut)
     cells = self.tree.replay.cells(self.name, self.steps) if self.tree.replay else []
-    if known := next((e for e in cells if e['index']==self.index), None): said = {k:known.get(k) for k in said}
+    if known := next((e for e in cells if e['index']==self.index), None):
+        said = {k:known.get(k) for k in said}
+        if self.depth==0: self.tree.ledger.took((known.get('seconds') or 0) - r.seconds)
     self.tree.trace.add('cell', run=self.name, depth=self.depth, step=self.steps, index=self.index, code=code, seconds=r.seconds, **said)
     return said['output']
 
@@ -706,15 +716,28 @@ def typed(self:Run, end):
     return None, f'The answer must be {_type_name(self.output_type)}, and it is not: {why}. Build it in a variable and end with FINAL_VAR(name), or write it as JSON in FINAL.'
 
 # %% ../nbs/07_rlm.ipynb #4c2ba2c3
+def _locked(path):
+    "A checkpoint, locked until this file is closed or the process ends"
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        f = open(path, 'ab')
+    except OSError as e: raise RLMError(f'The checkpoint {path} cannot be written to: {e.strerror}. Give another file.') from None
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except BlockingIOError: f.close()
+    except (ImportError, OSError): return f # Windows, or a file system without locks
+    if f.closed: raise RLMError(f'The checkpoint {path} is in use: a run is writing to it. Wait until that one ends, or give another file.')
+    return f
+
 class Session:
     "Several questions over one context: one REPL whose variables stay, one conversation; a budget for each question"
     def __init__(self, rlm, context=None, checkpoint=None):
         store_attr()
         self.run, self.tree, self.asked, self.talk, self.lock = None, None, 0, [], threading.Lock()
-        self.replay = Replay(checkpoint) if checkpoint else None
-        self.trace = Trace(checkpoint, secrets=[rlm.api_key or ''])
-        self.before = self.trace.of('run')
-        rlm.toolless.update(e['model'] for e in self.trace.of('protocol'))
+        self.file = _locked(checkpoint) if checkpoint else None
+        self._take_up()
         self.live = Live()
         if rlm.verbose: self.trace.listeners.append(self.live)
 
@@ -723,6 +746,7 @@ class Session:
         self.run = None
         self.trace.close()
         self.live.close()
+        if self.file: self.file.close()
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()
 
@@ -731,6 +755,16 @@ class Session:
     def cancel(self):
         "Stop the question that is being answered"
         if self.tree: self.tree.cancel()
+
+@patch
+def _take_up(self:Session):
+    "Read what an earlier life of this session left"
+    try: self.trace = Trace(self.checkpoint, secrets=[self.rlm.api_key or ''])
+    except BaseException:
+        if self.file: self.file.close()
+        raise
+    self.replay, self.before = Replay(self.trace) if self.checkpoint else None, self.trace.of('run')
+    self.rlm.toolless.update(e['model'] for e in self.trace.of('protocol'))
 
 # %% ../nbs/07_rlm.ipynb #c07a0022
 @patch
@@ -744,7 +778,7 @@ def completion(self:Session,
     with self.lock:
         t0 = time.monotonic()
         _litellm()
-        self.tree = Tree(self.rlm, self.trace, self.replay, self.before)
+        self.tree = Tree(self.rlm, self.trace, self.replay, self.before, self.name)
         try: end, steps, messages = self._solve(prompt, output_type)
         except BaseException as e:
             self._broken_off(e)

@@ -6,8 +6,7 @@
 __all__ = ['SubModel', 'prep_shell', 'no_answer', 'run_code', 'make_run_repl']
 
 # %% ../nbs/05_tools.ipynb #a1bffed7
-import re
-from concurrent.futures import ThreadPoolExecutor
+import asyncio, re
 from fastcore.basics import patch, store_attr
 from .prompts import *
 from .usage import *
@@ -22,25 +21,35 @@ class SubModel:
         base_url:str=None, # a gateway
         api_key:str=None, # its key
         prompt:str=SUB_PROMPT, # system message; '' for none
-        parallel:int=8, # questions of one batch asked at the same time
+        parallel:int=8, # questions asked at the same time
+        timeout:float=600, # seconds that one attempt may take
+        num_retries:int=2, # attempts after the first, for faults that pass
         **kw, # LiteLLM keywords
     ):
-        store_attr('model,base_url,api_key,prompt,parallel,kw')
-        self.usage, self.errors = Usage(), []
+        store_attr('prompt,kw')
+        self.to, self.door, self.errors = dict(model=model, base_url=base_url, api_key=api_key), Door(limit=parallel, timeout=timeout, num_retries=num_retries), []
+
+    @property
+    def usage(self)->TreeUsage: return self.door.ledger.usage
 
 # %% ../nbs/05_tools.ipynb #614ba818
 @patch
-def ask(self:SubModel,
+async def aask(self:SubModel,
     prompt:str, # all that the model sees
 )->str: # its answer
-    "Ask one question"
+    "Ask one question, in `async` code"
     if not isinstance(prompt, str): raise TypeError(f'llm_query takes a str or a list of str, not {type(prompt).__name__}')
     msgs = [dict(role='system', content=self.prompt)] if self.prompt else []
-    try: r = chat(msgs + [dict(role='user', content=prompt)], self.model, self.base_url, self.api_key, usage=self.usage, **self.kw)
+    try: r = await self.door.acall(msgs + [dict(role='user', content=prompt)], self.to, kind='sub', **self.kw)
     except RLMError as e:
         self.errors.append(f'{type(e).__name__}: {e}')
         raise
     return r.choices[0].message.content or ''
+
+@patch
+def ask(self:SubModel, prompt:str)->str:
+    "Ask one question"
+    return on_loop(self.aask(prompt))
 
 # %% ../nbs/05_tools.ipynb #2b1eb3df
 @patch
@@ -48,13 +57,18 @@ def ask_all(self:SubModel,
     prompts, # texts
 )->list: # answers, in the same order
     "Ask many questions at once"
-    pool = ThreadPoolExecutor(self.parallel)
-    jobs = [pool.submit(self.ask, p) for p in prompts]
-    try: return [_result(job, i, len(jobs)) for i,job in enumerate(jobs)]
-    finally: pool.shutdown(wait=False, cancel_futures=True)
+    return on_loop(self._ask_all(list(prompts)))
 
-def _result(job, i, n):
-    try: return job.result()
+@patch
+async def _ask_all(self:SubModel, prompts):
+    jobs = [asyncio.ensure_future(self._nth(i, p, len(prompts))) for i,p in enumerate(prompts)]
+    try: return await asyncio.gather(*jobs)
+    finally:
+        for o in jobs: o.cancel()
+
+@patch
+async def _nth(self:SubModel, i, prompt, n):
+    try: return await self.aask(prompt)
     except ModelError as e: err = type(e)(f'prompt {i} of {n} (counted from 0): {e}', e.status)
     raise err
 

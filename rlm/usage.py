@@ -297,6 +297,13 @@ def replay(self:Ledger,
     "Book a call made before, in a run that now goes on: no limit stops what is paid already"
     with self._lock: self._book(usage, model, depth)
 
+@patch
+def took(self:Ledger,
+    seconds:float, # of work done before
+):
+    "Count time that a run which now goes on has used already"
+    with self._lock: self._start -= max(0, seconds)
+
 # %% ../nbs/01_usage.ipynb #6136b7f8
 @patch
 def exceeded(self:Ledger,

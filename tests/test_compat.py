@@ -48,7 +48,7 @@ def test_max_iterations():
 def test_logging(capsys):
     RLM_REPL(ScriptedModel(repl_call('print(len(context))'), 'FINAL(4)'), enable_logging=True).completion('text', 'How long?')
     said = capsys.readouterr().out
-    for part in 'How long?', '>>> print(len(context))', '| 4', 'FINAL(4)': assert part in said
+    for part in 'How long?', '> print(len(context))', '< 4', 'FINAL(4)': assert part in said
     RLM_REPL(ScriptedModel('FINAL(4)')).completion(query='How long?')
     assert capsys.readouterr().out == ''
 

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from rlm.core import advanced_toolloop
 from rlm.local import MODEL, LocalServer
-from rlm.models import ScriptedModel, repl_call
+from rlm.models import ScriptedModel, chat, repl_call
 from rlm.repl import as_repl
 from rlm.rlm import RLM
 from rlm.tools import prep_shell
-from rlm.usage import AuthError, GatewayUnreachable, ModelError, ModelNotFound
+from rlm.usage import AuthError, GatewayUnreachable, ModelError, ModelNotFound, Usage
 
 pytest.importorskip('fastapi', reason="the gateway is not installed: pip install 'rlm[proxy]'")
 CONFIG = Path(__file__).parent.parent/'examples'/'gateway'/'config.yaml'
@@ -148,6 +148,12 @@ def test_a_batch_of_sub_calls_through_the_gateway(gateway):
     res = rlm(gateway, ScriptedModel(repl_call(cell), 'FINAL_VAR(r)'), recursive_model=f'openai/{MODEL}', max_concurrency=2, max_tokens=12, temperature=0).completion('Q')
     assert len(res.value) == 3 and 'Tokyo' in res.value[1]
     assert res.usage.by_depth[1].calls == 4 and res.usage.by_model[f'openai/{MODEL}'].completion_tokens > 5 and res.trace.of('batch')[-1]['done'] == 3
+
+def test_a_streamed_call_through_the_gateway_is_a_whole_answer_with_its_tokens(gateway):
+    ledger = Usage()
+    r = chat([dict(role='user', content='What is the capital of France?')], f'openai/{MODEL}', gateway.url, gateway.key, usage=ledger, stream=True, max_tokens=12, temperature=0)
+    assert 'Paris' in r.choices[0].message.content and r.choices[0].finish_reason == 'stop' and ledger.prompt_tokens > 10 and ledger.completion_tokens > 3
+    with pytest.raises(AuthError): chat([dict(role='user', content='Q')], f'openai/{MODEL}', gateway.url, 'sk-wrong-0123456789', stream=True)
 
 @pytest.mark.slow
 def test_rlm_when_the_gateway_stops_in_mid_run_and_goes_on_at_another(gateway, model, tmp_path):

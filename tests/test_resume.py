@@ -5,7 +5,7 @@ import pytest
 from rlm.models import ScriptedModel, repl_call
 from rlm.rlm import RLM
 from rlm.trace import read_trace
-from rlm.usage import Budget, RLMError
+from rlm.usage import AuthError, Budget, RLMError
 from scripted_server import ScriptedServer, message, code, error, hang
 
 TEXT = 'the quick brown fox jumps over the lazy dog ' * 20
@@ -225,3 +225,32 @@ def test_a_session_goes_on(tmp_path):
     m = ScriptedModel('FINAL_VAR(y)')
     with RLM(m).session(TEXT, checkpoint=path) as s: again = [s.completion('one?').answer, s.completion('two?').answer, s.completion('three?').answer]
     assert again == first + ['the!'] and len(m.sent) == 1
+
+def test_failed_calls_and_seconds_of_earlier_lives_count(tmp_path):
+    def nap(): time.sleep(1)
+    def m(*script): return ScriptedModel(*script, name='m')
+    def live(m): return RLM(m, checkpoint=tmp_path/'r.jsonl', budget=Budget(calls=20, seconds=100), tools=[nap]).session()
+    slow = lambda _: time.sleep(1) or repl_call('nap()\na = llm_query("q")')
+    for script in ([slow, 'sub', AuthError('no')], [AuthError('no')]):
+        with live(m(*script)) as s, pytest.raises(AuthError): s.completion('Q')
+    with live(last := m(repl_call('b = budget()'), 'FINAL_VAR(b)')) as s: res = s.completion('Q')
+    assert len(last.sent) == 2 and (res.usage.calls, res.usage.failed) == (4, 2) and res.total_time < 5
+    assert res.value['calls'] == 20 - 3 - 2 - 1 and 70 < res.value['seconds'] < 78.1 and s.tree.ledger.seconds > 2
+
+HOLD = 'import sys, time\nfrom rlm.rlm import RLM\nfrom rlm.models import ScriptedModel, repl_call\n' \
+    'RLM(ScriptedModel(repl_call("x = 1"), lambda m: print("ready", flush=True) or time.sleep(60)), checkpoint=sys.argv[1]).completion("Q")'
+
+def test_two_processes_cannot_write_one_checkpoint(tmp_path):
+    path, m = tmp_path/'deep'/'r.jsonl', ScriptedModel('FINAL(x)')
+    with subprocess.Popen([sys.executable, '-c', HOLD, str(path)], stdout=subprocess.PIPE, text=True) as p:
+        try:
+            assert p.stdout.readline() == 'ready\n'
+            before = path.read_bytes()
+            with pytest.raises(RLMError, match=r'r\.jsonl is in use.*another file'): RLM(m, checkpoint=path).completion('Q')
+            assert path.read_bytes() == before
+        finally: p.kill()
+    m.name = 'scripted'
+    assert RLM(m, checkpoint=path).completion('Q').usage.calls == 2
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path):
+    with pytest.raises(RLMError, match='cannot be written to.*another file'): RLM(ScriptedModel('FINAL(x)'), checkpoint=tmp_path).completion('Q')
