@@ -471,6 +471,11 @@ def _note(self:Door, call, new, replayed):
     if self.trace is not None: self.trace.secrets.update([call.to.get('api_key') or '', *_secrets(call.kw)])
     self._tell('request', call, messages=list(call.messages if new is None else new), **more, **(dict(replayed=True) if replayed else {}))
 
+def _place(call, trace, given):
+    "Metadata of a call, and the same as tags, for those who listen at LiteLLM"
+    place = {k:call.where[k] for k in ('run', 'depth', 'step', 'kind')} | (dict(trace_id=trace.id) if trace else {}) | (given or {})
+    return place | dict(tags=[*(f'{k}:{place[k]}' for k in ('trace_id', 'run', 'depth', 'step', 'kind') if k in place), *(place.get('tags') or [])])
+
 @patch
 async def _pass(self:Door, messages, to, tools=None, run='', depth=0, step=0, kind='root', key=None, new=None, closing=False, **kw):
     "A call's way through the door"
@@ -479,7 +484,7 @@ async def _pass(self:Door, messages, to, tools=None, run='', depth=0, step=0, ki
     old = None if self.replay is None else self.replay.take(call.where['key'])
     self._note(call, new, bool(old))
     if old: return self._again(call, old)
-    if isinstance(to.get('model'), str): call.kw = kw | dict(metadata=dict(run=run, depth=depth, step=step, kind=kind) | (kw.get('metadata') or {}))
+    if not callable(to.get('model')): call.kw = kw | dict(metadata=_place(call, self.trace, kw.get('metadata')))
     return await _retrying(partial(self._attempt, call), self.num_retries, partial(self._may_wait, call))
 
 @patch
