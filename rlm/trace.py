@@ -192,6 +192,12 @@ def save(self:Trace,
     with open(new, 'wb') as f: f.writelines(map(_line, self))
     return new.replace(path)
 
+# %% ../nbs/02_trace.ipynb #b1d0c7e3
+@patch(as_prop=True)
+def id(self:Trace)->str: # 32 hexadecimal digits
+    "What names this trace in the monitoring of others"
+    return hashlib.sha256(_line(self.events[0] if self.events else {})).hexdigest()[:32]
+
 # %% ../nbs/02_trace.ipynb #fadbbbf6
 @dataclass(repr=False)
 class RunNode:
