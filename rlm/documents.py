@@ -118,7 +118,11 @@ _HEAD = 100_000
 _MAGIC = ((b'PK\x03\x04', 'a zip archive or an Office file: unpack it, or save the sheet as CSV'), (b'\xd0\xcf\x11\xe0', 'an old or protected Office file: save it as DOCX or CSV'),
     ((b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd'), 'compressed: unpack it'), ((b'\x89PNG', b'\xff\xd8\xff', b'GIF8'), 'an image: run OCR on it'), (b'SQLite format 3', 'a database: export its tables as CSV'))
 
-def _looks(data): return next((f'; it looks like {what}' for magic, what in _MAGIC if data.startswith(magic)), '')
+def _looks(data):
+    "What data with zero bytes in it may be"
+    for i, name in enumerate(('utf-16-be', 'utf-16-le')):
+        if len(data) > 9 and 2*data[i:200:2].count(0) > len(data[i:200:2]) and 0 not in data[1-i:200:2]: return f'; if it is {name}, name that with --encoding'
+    return next((f'; it looks like {what}' for magic, what in _MAGIC if data.startswith(magic)), '')
 
 def _refuse_binary(name, data, encoding):
     if b'\0' in data[:_HEAD] and not encoding.lower().replace('_', '-').startswith(('utf-16', 'utf-32', 'utf16', 'utf32')):
@@ -134,7 +138,9 @@ def decode(
     "The text in the bytes"
     encoding = encoding or _encoding(data)
     _refuse_binary(name, data, encoding)
-    try: text = data.decode(encoding)
+    try:
+        text = data.decode(encoding)
+        if not encoding.startswith('utf-8'): text.encode()
     except UnicodeError as e:
         at = f'is not {encoding.removesuffix("-sig")} text (byte {getattr(e, "start", 0):,})'
         raise DocumentError(name, f'{at}{_looks(data)}; name its encoding with --encoding, for example latin-1') from None
@@ -350,9 +356,10 @@ _PDF_SECONDS = 300
 def _quiet(name):
     "Without the warnings that a library logs"
     log = logging.getLogger(name)
-    before, log.disabled = log.disabled, True
+    before = log.level
+    log.setLevel(logging.CRITICAL+1)
     try: yield
-    finally: log.disabled = before
+    finally: log.setLevel(before)
 
 def _pdf_reader(name, data):
     "A reader of an open PDF"
@@ -586,6 +593,7 @@ def _get(url, timeout, most):
         while time.monotonic() < end and (part := r.read1(1 << 16)):
             data += part
             if len(data) > most: raise _too_large_page(url, len(data), most)
+        if time.monotonic() >= end: raise TimeoutError
         if length.isdecimal() and len(data) < int(length): raise DocumentError(url, f'the answer broke off after {len(data):,} of {int(length):,} bytes; try again')
         return Page(_unpacked(url, bytes(data), r.headers.get('Content-Encoding', ''), most), mime if 'Content-Type' in r.headers else '', r.headers.get_content_charset(), r.url)
 
@@ -597,8 +605,9 @@ def _unpacked(url, data, coding, most):
     if coding.lower() not in ('gzip', 'x-gzip', 'deflate'): raise DocumentError(url, f'is compressed as {shown(coding)[:40]}, which was not asked for; save the page and give the file')
     d = zlib.decompressobj(47)
     try: data = d.decompress(data, most+1)
-    except zlib.error: raise DocumentError(url, 'is damaged; save the page and give the file') from None
-    if len(data) > most: raise _too_large_page(url, len(data), most)
+    except zlib.error: data = None
+    if data and len(data) > most: raise _too_large_page(url, len(data), most)
+    if data is None or not d.eof: raise DocumentError(url, 'is damaged; save the page and give the file')
     return data
 
 _ADVICE = {401: 'it wants a login: save the page and give the file', 403: 'it may want a login: save the page and give the file', 404: 'check the address', 410: 'the page is gone', 429: 'too many requests: wait and try again'}
