@@ -469,12 +469,15 @@ def ignore_rules(
     except OSError: return []
     return [_rule(folder, o) for o in lines if o.strip('/ !\r') and not o.startswith('#')]
 
+def _plain(m): return '[!' if not m[1] else f'[{m[1]}]' if m[1] in '*?[' else m[1]
+
 def _rule(folder, line):
-    line = line.rstrip()
+    cut = line.rstrip()
+    line = cut + ' '*(cut.endswith('\\') and cut != line)
     keep, folders = line.startswith('!'), line.endswith('/')
-    line = line[keep:].removesuffix('/')
-    parts = re.sub(r'\\([#! ])', r'\1', re.sub(r'\\([*?\[])', r'[\1]', line)).split('/')
+    parts = re.sub(r'\\(.)|\[\^', _plain, line[keep:].removesuffix('/')).split('/')
     parts = parts[1:] if not parts[0] else parts if len(parts) > 1 else ['**', *parts]
+    if parts[-1] == '**': parts.append('*')
     return Rule(folder, tuple(o for o, after in zip(parts, [*parts[1:], '']) if not o == after == '**'), folders, keep)
 
 def _ignored(path, is_dir, rules):
