@@ -17,6 +17,7 @@ from .prompts import *
 from .usage import *
 from .trace import *
 from .show import Live, run_html
+from .page import rests_on
 from .models import *
 from .models import _litellm, _name as _called
 from .repl import *
@@ -233,6 +234,7 @@ def _open(self:Run, context):
     repl = open_repl(kind, context, funcs=self.functions(), **self.rlm.limits)
     if isinstance(context, Path): context = repl.get('context') if kind=='ipython' else repl.context
     if not self.has_context: repl.put('context', None)
+    self.context = context
     repl.described = describe_context(context) if self.has_context else 'There is no context; `context` is None.'
     return repl
 
@@ -600,8 +602,9 @@ def answered(self:Run)->Ending:
     except BudgetExceeded as e:
         if self.depth or e.limit=='cancelled': raise
         end = self.closing_turn(e.limit)
-    limit = getattr(self.tree.ledger.budget, end.reason, None)
-    self.tree.trace.add('final', run=self.name, depth=self.depth, answer=end.text, stop_reason=end.reason, iterations=self.taken, limit=limit, seconds=round(time.monotonic()-t0, 3))
+    limit, seconds = getattr(self.tree.ledger.budget, end.reason, None), round(time.monotonic()-t0, 3)
+    places = [] if self.depth else rests_on(self.tree.trace, self.name, end.text, self.context)
+    self.tree.trace.add('final', run=self.name, depth=self.depth, answer=end.text, stop_reason=end.reason, iterations=self.taken, limit=limit, seconds=seconds, **(dict(places=places) if places else {}))
     return end
 
 @patch

@@ -158,7 +158,7 @@ def read_trace(
 _START = b'{"v": '
 
 # %% ../nbs/02_trace.ipynb #042adb76
-_volatile = {*_own, 'seconds', 'left', 'attempts', 'replayed'}
+_volatile = {*_own, 'seconds', 'left', 'attempts', 'replayed', 'places'}
 _again = {'request', 'failed', 'error'}
 
 def _identity(event):
