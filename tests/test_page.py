@@ -102,6 +102,26 @@ def test_every_place_opens_where_it_says(show, res):
         page.locator('.place button').nth(i).click()
         assert o['match'] in page.locator('.item:focus-within .body pre').last.inner_text()
 
+def test_a_place_says_where_in_the_context_it_stands(show, res):
+    page = show(res)
+    assert page.locator('.place .at').all_inner_texts() == ['Context, line 1,311']*4
+    assert page.locator('.stands code').all_inner_texts() == [LOG[1310]]*3 and page.locator('.stands mark').first.inner_text() == 'Oda Lindqvist'
+    assert [(o['line'], '\n'.join(LOG)[o['at']:][:13]) for o in res.trace[-1]['places']] == [(1311, 'Oda Lindqvist')]*4
+
+@pytest.mark.parametrize('context, at', [(LOG, 'Context, text 1,311, line 1'), (dict(notes='x', log='\n'.join(LOG)), 'Context, log, line 1,311'), (dict(a=3), None), (None, None)])
+def test_a_context_of_several_texts(show, context, at):
+    m = ScriptedModel(repl_call(f'print({LOG[1310]!r})'), 'FINAL(oda lindqvist)', 'FINAL(oda lindqvist)')
+    page = show(RLM(m).completion('Who?', context))
+    assert page.locator('.place').count() == 1 and page.locator('.place .at').all_inner_texts() == ([at] if at else [])
+
+def test_a_context_in_a_huge_file_is_looked_through_in_time(tmp_path):
+    path = tmp_path/'log.txt'
+    path.write_text('\n'.join([*('ä quiet day, nothing to note'*40 for _ in range(20_000)), LOG[1310], *LOG[:1000]]))
+    t0 = time.perf_counter()
+    res = RLM(ScriptedModel(repl_call('print(context[context.find("Meridian")-40:][:120])'), 'FINAL(Oda Lindqvist)')).completion('Who?', path)
+    assert path.stat().st_size > 20e6 and time.perf_counter()-t0 < 4*LOAD
+    assert [(o['line'], o['text']) for o in res.trace[-1]['places']] == [(20_001, LOG[1310])]
+
 def test_code_output_and_sub_calls_unfold(show, res):
     page = show(res)
     assert page.locator('#talk .turn').count() == 6 and page.locator('#talk .head[aria-expanded=true]').count() == 0
@@ -287,7 +307,7 @@ def evil_events():
         ('reply', dict(run='root', depth=0, step=1, kind='root', key='k', model=EVIL, seconds=.5, usage=dict(prompt_tokens=5), message=dict(role=EVIL, content=EVIL, tool_calls=[dict(function=dict(name=EVIL, arguments=EVIL))]))),
         ('request', dict(run='root', depth=1, step=1, kind='sub', key='s', model=EVIL, messages=[dict(role='user', content=EVIL)])), ('reply', dict(run='root', depth=1, step=1, kind='sub', key='s', model=EVIL, usage='none', message=dict(content=EVIL))),
         ('cell', dict(run='root', depth=0, step=1, index=1, code=EVIL, output=f'{EVIL}\nquoted {EVIL}', seconds=.1)), ('guard', dict(run='root', depth=0, step=1, name=EVIL, text=EVIL)), ('failed', dict(run='root', depth=0, step=1, key='z', error=EVIL, text=EVIL)),
-        (EVIL, dict(run='root', depth=0, anything=[EVIL, {EVIL: EVIL}])), ('run', dict(run=EVIL, parent='root', depth=1, query=EVIL, model=EVIL)), ('error', dict(run=EVIL, depth=1, error=EVIL, text=EVIL)), ('final', dict(run='root', depth=0, answer=EVIL, stop_reason=EVIL))]
+        (EVIL, dict(run='root', depth=0, anything=[EVIL, {EVIL: EVIL}])), ('run', dict(run=EVIL, parent='root', depth=1, query=EVIL, model=EVIL)), ('error', dict(run=EVIL, depth=1, error=EVIL, text=EVIL)), ('final', dict(run='root', depth=0, answer=EVIL, stop_reason=EVIL, places=[dict(n=k, line=7, item=EVIL, text=EVIL, match=EVIL[:60]) for k in range(99)]))]
     return [dict(v=1, n=i, t=1e9+i, type=t, **k) for i,(t,k) in enumerate(told)]
 
 @pytest.mark.parametrize('width', [1280, 390])
@@ -303,6 +323,7 @@ def test_nothing_in_a_trace_runs_or_loads(show, tmp_path, width):
     assert nodes[0] == 2 and '<img src=x onerror=alert(1)>' in shown and '</script><script>alert(2)</script><!--<script> {{data}} {{policy}}' in shown and '\\u003cb> &lt;i&gt;' in shown
     assert '⟨U+202E⟩' in shown and '\u202e' not in page.inner_text('body') and '\x1b' not in page.inner_text('body') and '␛[31m' in shown
     assert page.evaluate("[document.scripts.length, document.querySelectorAll('img, iframe, object, embed, link, form, video, audio, b:not(.chip b, .name b, .runhead b), image, use').length]") == [2, 0]
+    assert page.locator('.stands').count() >= 1 and '<img src=x onerror=alert(1)>' in page.locator('.stands .at').first.inner_text()
     assert page.title().startswith('<img src=x') and page.evaluate('document.documentElement.scrollWidth') <= width
 
 def test_the_policy_refuses_what_a_hole_in_the_script_would_need(browser, res, tmp_path):
