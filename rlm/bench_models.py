@@ -81,8 +81,9 @@ class Trial:
     @property
     def as_dict(self): return {f.name:getattr(self, f.name) for f in fields(self) if f.name!='result'}
     def __str__(self):
-        if self.error: return f'{self.model}: {self.error}'
-        return f"{self.model}: {'right' if self.right else 'WRONG'}, {self.answer!r:.60} for {self.expected!r}; {self.time:.1f} s, {_count(self.iterations, 'iteration')}, {self.tokens:,} tokens, {_money(self.cost)}"
+        who = one_line(self.model)
+        if self.error: return f'{who}: {one_line(self.error)}'
+        return f"{who}: {'right' if self.right else 'WRONG'}, {self.answer!r:.60} for {self.expected!r}; {self.time:.1f} s, {_count(self.iterations, 'iteration')}, {self.tokens:,} tokens, {_money(self.cost)}"
 
 def _count(n, what): return f"{n:,} {what}{'' if n==1 else 's'}"
 def _money(x): return 'price unknown' if x is None else f'${x:.4f}'
@@ -158,10 +159,11 @@ class ModelRow:
 
     def cells(self):
         "The row as text"
-        if not self.n: return [self.model, self.provider, 'failed', *['–']*4]
+        who = [one_line(self.model), one_line(self.provider)]
+        if not self.n: return [*who, 'failed', *['–']*4]
         low, high = self.interval
         share = f'{self.accuracy:.0%} ({self.right} of {self.n}; {low:.0%} to {high:.0%})'
-        return [self.model, self.provider, share, f"{self.mean('time'):.1f} s", f"{self.mean('iterations'):.1f}", f"{self.mean('tokens'):,.0f}", '–' if self.cost is None else f'${self.cost:.4f}']
+        return [*who, share, f"{self.mean('time'):.1f} s", f"{self.mean('iterations'):.1f}", f"{self.mean('tokens'):,.0f}", '–' if self.cost is None else f'${self.cost:.4f}']
 
 # %% ../nbs/10a_bench_models.ipynb #cbb48f1b
 @dataclass(repr=False)
@@ -181,7 +183,7 @@ class ModelsTable:
     @property
     def faults(self):
         "What went wrong, a line each"
-        return [f'{r.model} ({r.provider}): {e}' for r in self.rows for e in ([r.error] if r.error else dict.fromkeys(t.error for t in r.trials if t.error))]
+        return [one_line(f'{r.model} ({r.provider}): {e}') for r in self.rows for e in ([r.error] if r.error else dict.fromkeys(t.error for t in r.trials if t.error))]
 
 @patch
 def __repr__(self:ModelsTable): return f'<{len(self.rows)} models, {_count(self.trials, "trial")} each>'
@@ -246,6 +248,7 @@ def _who(model, named):
     if callable(model): return _called(model)
     try: return _about(model, **named)
     except GatewayUnreachable: return model, 'ollama'
+    except ModelNotFound: return model, '?'
 
 # %% ../nbs/10a_bench_models.ipynb #0cc6ea05
 def _panel(ax, names, values, title, spread=None):

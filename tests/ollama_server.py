@@ -1,6 +1,7 @@
 """A server that speaks Ollama's protocol, written after its public API description: /api/version, /api/tags, /api/show, /api/chat.
 Answers come from a script, or from the bundled model behind it. Every request is recorded."""
 import http.client, json, threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -188,3 +189,26 @@ class _Handler(BaseHTTPRequestHandler):
             data = json.dumps(o).encode() + b'\n'
             self.wfile.write(b'%x\r\n%s\r\n' % (len(data), data))
         self.wfile.write(b'0\r\n\r\n')
+
+
+@contextmanager
+def same_answer(status, text):
+    "A server that answers everything with one text; yields its address and the headers of each request"
+    heard = []
+    class Handler(_Handler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get('Content-Length', 0)))
+            heard.append(dict(self.headers))
+            self.send_response(status)
+            self.send_header('Content-Type', 'application/json')
+            self.send_header('Content-Length', str(len(data := text.encode())))
+            self.end_headers()
+            self.wfile.write(data)
+        do_POST = do_GET
+    httpd = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    httpd.daemon_threads = True
+    threading.Thread(target=httpd.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+    try: yield f'127.0.0.1:{httpd.server_port}', heard
+    finally:
+        httpd.shutdown()
+        httpd.server_close()

@@ -69,6 +69,10 @@ def test_a_model_that_fails_does_not_lose_the_others():
     for says in ('`ollama pull nope:1b`', '`ollama serve`', '`ollama signin`', 'inside'): assert says in str(t) and says in t._repr_markdown_()
     assert [o['done'] for o in seen] == [1, 2, 4, 6, 8, 10, 12, 13, 14] and {o['total'] for o in seen} == {14} and seen[-1]['row'] is good and seen[-1]['trial'].right
 
+def test_a_name_of_nothing_is_a_row():
+    t = bench_models(['a/', 'x\n\x1b[2Jy', finder()], lines=50, trials=1)
+    assert [r.error and r.error.split(':')[0] for r in t.rows] == ['ModelNotFound', 'ModelNotFound', None] and len(str(t).splitlines()) == 8 and '\x1b' not in str(t) + t._repr_markdown_()
+
 def test_a_fault_in_one_trial_is_not_a_wrong_answer():
     with OllamaServer(*ollama_finder(1), Fault(400, 'no'), *ollama_finder(1)) as s:
         row = bench_models(['smol:135m'], lines=100, trials=3, host=s.host).rows[0]

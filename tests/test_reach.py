@@ -6,7 +6,7 @@ from rlm import usage as U
 from rlm.models import chat, on_loop, _litellm
 from rlm.reach import *
 from rlm.rlm import RLM
-from ollama_server import MODELS, Fault, Model, OllamaServer, code, message
+from ollama_server import MODELS, Fault, OllamaServer, code, message, same_answer
 from scripted_server import ScriptedServer, closed_port, error, message as openai_message
 
 HI = [dict(role='user', content='hi')]
@@ -61,13 +61,25 @@ def test_what_is_not_of_ollama_passes_through():
     assert resolve('groq/x', api_key='k', think='low', num_ctx=9, temperature=0) == dict(model='groq/x', api_key='k', think='low', temperature=0)
     assert RLM(**resolve('groq/x', think=False)).kw['reasoning_effort'] == 'none'
 
+@pytest.mark.parametrize('name', ['/', '//x', 'openai/', 'qwen3:4b/', 'http://box:1/', 'a\nb', 'a\x1b[2Jb', 'x'*301])
+def test_no_name_of_a_model(name):
+    with pytest.raises(U.ModelNotFound, match='no name of a model') as e: resolve(name)
+    assert '\n' not in str(e.value) and '\x1b' not in str(e.value)
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=40), st.sampled_from([None, 'box:1']), st.sampled_from([None, 'http://gw/v1']))
+def test_any_text_is_a_name_or_a_typed_error(name, host, base_url):
+    try: kind, model, url = read_name(name, host, base_url)
+    except U.ModelError: return
+    assert kind in ('bundled', 'ollama', 'gateway', 'litellm') and (model is None) == (kind == 'bundled')
+
 # What Ollama is asked, and what it is sent ---------------------------------------------------------------------------
 def test_host_context_length_temperature_and_thinking_are_sent():
     with OllamaServer('hello', key='k-123456') as s: r = ask(resolve('thinker:4b', s.host, api_key='k-123456', think=True, num_ctx=1234, temperature=.6))
     assert said(r).content == 'hello' and (r.usage.prompt_tokens, r.usage.completion_tokens) == (12, 7)
     body = s.chats[0]
     assert body['model'] == 'thinker:4b' and body['think'] is True and body['options'] == dict(num_ctx=1234, temperature=.6) and body['stream'] is False
-    assert s.of('/api/show') == [dict(model='thinker:4b')]
+    assert s.of('/api/show')[0] == dict(model='thinker:4b')
 
 def test_the_context_length_is_what_the_model_reads_unless_given():
     with OllamaServer() as s:
@@ -167,6 +179,19 @@ def test_another_server_at_the_address():
     with ScriptedServer() as s, pytest.raises(U.ProviderError): resolve('qwen3', s.url)
     with OllamaServer() as s, pytest.raises(U.ProviderError, match='is an Ollama server'): ask_ollama('nothing', s.host)
 
+odd = ['[]', 'null', '5', '', '{"models": 5}', '{"models": [{}, null, {"name": 5}]}', '{"data": [{}]}', '{"details": [], "model_info": 5, "capabilities": "tools", "thinking": [], "remote_host": 1}',
+    '{"model_info": {"a.context_length": "x", "b.context_length": -5}, "capabilities": 5, "thinking": {"values": 1}}', '['*100_000, '<html>', '{"error": null}']
+
+@pytest.mark.parametrize('text', odd, ids=range(len(odd)))
+@pytest.mark.parametrize('status', [200, 404, 500])
+def test_answers_of_any_shape(text, status):
+    "Each is understood, or a fault of the place that gave it, in a line"
+    with same_answer(status, text) as (host, _):
+        try: assert resolve('m:1b', host)['num_ctx'] == NUM_CTX
+        except U.ModelError as e: assert '\n' not in str(e) and host in str(e) and len(str(e)) < 500
+        rows = reachable(host, f'http://{host}/v1')
+    assert [r['provider'] for r in rows[1:]] == ['ollama', 'gateway'] and all(r['error'] and '\n' not in r['error'] for r in rows[1:])
+
 def test_faults_of_others_are_not_ollamas():
     with ScriptedServer(error(404, "model 'x' not found")) as s, pytest.raises(U.ModelNotFound) as e: chat(HI, 'openai/x', s.url, 'k')
     assert 'ollama' not in str(e.value)
@@ -192,12 +217,19 @@ def test_default_models_are_in_litellms_list():
         assert o and o['litellm_provider'] == provider, model
         assert o.get('deprecation_date', '9999') > datetime.date(2026, 11, 21).isoformat(), model
 
-@pytest.mark.parametrize('provider', [k for k in CLOUDS if k != 'anthropic']) # which speaks a protocol of its own
+@pytest.mark.parametrize('provider', [k for k in CLOUDS if k != 'anthropic'])
 def test_litellm_reads_the_key_from_that_variable(provider, monkeypatch):
     "The server refuses every other key"
     monkeypatch.setenv(CLOUDS[provider][0], 'key-of-the-cloud')
     with ScriptedServer(openai_message('hello') | dict(service_tier='x'), key='key-of-the-cloud') as s:
         assert said(chat(HI, f'{provider}/{CLOUDS[provider][1]}', s.url, num_retries=0)).content == 'hello'
+
+def test_litellm_reads_the_key_of_anthropic_from_that_variable(monkeypatch):
+    "Which speaks a protocol of its own"
+    monkeypatch.setenv(CLOUDS['anthropic'][0], 'key-of-the-cloud')
+    answer = dict(id='m', type='message', role='assistant', model='x', content=[dict(type='text', text='hello')], stop_reason='end_turn', usage=dict(input_tokens=5, output_tokens=2))
+    with same_answer(200, json.dumps(answer)) as (host, heard): r = chat(HI, f"anthropic/{CLOUDS['anthropic'][1]}", f'http://{host}', num_retries=0)
+    assert said(r).content == 'hello' and {k.lower(): v for k, v in heard[0].items()}['x-api-key'] == 'key-of-the-cloud'
 
 # What is reachable ---------------------------------------------------------------------------------------------------
 def test_everything_that_is_reachable(monkeypatch):
@@ -209,6 +241,11 @@ def test_everything_that_is_reachable(monkeypatch):
     assert rows[0]['provider'] == 'bundled' and next(r for r in rows if r['name'] == 'glm-5:cloud')['note'] == "in Ollama's cloud"
     assert 'secret' not in str(rows) and json.loads(json.dumps(rows.as_dict))['models'] == list(rows)
     assert rows._repr_markdown_().count('\n') == len(rows) + 1
+
+def test_names_of_a_server_cannot_move_the_cursor():
+    with same_answer(200, json.dumps(dict(models=[dict(name='a\x1b[2J\nb|c:1b')], data=[dict(id='x\x1b]0;t\x07\ny')]))) as (host, _): rows = reachable(host, f'http://{host}/v1')
+    assert rows[1]['name'] == 'a\x1b[2J\nb|c:1b'
+    for text in (str(rows), rows._repr_markdown_()): assert '\x1b' not in text and '\x07' not in text and len(text.splitlines()) in (3, 5)
 
 def test_a_gateways_list():
     "The bundled model's own server is a gateway with a list and a key"
