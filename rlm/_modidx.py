@@ -993,6 +993,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'rlm.show._pre': ('show.html#_pre', 'rlm/show.py'),
                           'rlm.show._rest_of': ('show.html#_rest_of', 'rlm/show.py'),
                           'rlm.show._side_by_side': ('show.html#_side_by_side', 'rlm/show.py'),
+                          'rlm.show._stands': ('show.html#_stands', 'rlm/show.py'),
                           'rlm.show._subs': ('show.html#_subs', 'rlm/show.py'),
                           'rlm.show._table': ('show.html#_table', 'rlm/show.py'),
                           'rlm.show._tell_cell': ('show.html#_tell_cell', 'rlm/show.py'),

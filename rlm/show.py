@@ -287,7 +287,15 @@ def _tell_failed(story, run, e):
 def _tell_final(story, run, e):
     run.active = False
     how = f"{e.get('stop_reason', '')} after {_count(_n(e.get('iterations')), 'turn')}" + ('' if run.label else f" · {story.tally.line(_n(e.get('seconds')) or None)}")
-    return [*_subs(story, run), Row(story.cut(e.get('answer', ''), 100, 10_000), 'bold green', f'run {run.label} = ' if run.label else '= ', 'prose'), Row(story.cut(how, 1), 'dim', '  ', 'prose')]
+    return [*_subs(story, run), Row(story.cut(e.get('answer', ''), 100, 10_000), 'bold green', f'run {run.label} = ' if run.label else '= ', 'prose'), *_stands(story, e), Row(story.cut(how, 1), 'dim', '  ', 'prose')]
+
+def _stands(story, e):
+    "Where in the context the answer stands"
+    told = {}
+    for o in e['places'][:24] if isinstance(e.get('places'), list) else []:
+        o = _dict(o)
+        told.setdefault(('' if o.get('item') is None else f"context[{o['item']!r}], ") + f"line {_n(o.get('line')):,}", _clip(str(o.get('text', ''))[:2000].strip(), 300))
+    return [Row(story.cut(f'{where}: {text}', 1), 'green', '  @ ') for where,text in list(told.items())[:3]]
 
 def _tell_error(story, run, e):
     run.active = False
@@ -355,7 +363,7 @@ def _coloured(self:_Printer, row):
     return coloured
 
 # %% ../nbs/02a_show.ipynb #754bcd5d
-def _events(trace): return read_trace(trace) if isinstance(trace, (str, os.PathLike)) else trace
+def _events(trace): return read_trace(trace) if isinstance(trace, (str, os.PathLike)) else getattr(trace, 'trace', trace)
 
 def _in_tree(trace):
     "Each child run whole where it began: pairs of 'open', 'event' or 'close', and an event"
@@ -375,7 +383,7 @@ def _in_tree(trace):
         if stack: yield what, o
 
 def show_trace(
-    trace, # a `Trace`, events, or the path of a file
+    trace, # a `Trace`, its file, the result of a run, or events
     out=None, # a stream; None: stdout
     width:int=None, # columns; None: those of the terminal
     lines:int=12, # lines kept of an output
@@ -456,7 +464,7 @@ def _render(self:Live):
 
 # %% ../nbs/02a_show.ipynb #8e754100
 def summary(
-    trace, # a `Trace`, events, or the path of a file
+    trace, # a `Trace`, its file, the result of a run, or events
 )->dict:
     "What a trace holds, in figures"
     tally, asked, model, ended, seconds = Tally(), [], '', 'not ended', 0
@@ -530,7 +538,7 @@ def _compared(name, a, b): return [Row(f'{name}: the same', 'dim')] if a==b else
 
 # %% ../nbs/02a_show.ipynb #165a78c4
 def diff_traces(
-    a, # a `Trace`, events, or the path of a file
+    a, # a `Trace`, its file, the result of a run, or events
     b, # another
     out=None, # a stream; None: stdout
     width:int=None, # columns; None: those of the terminal

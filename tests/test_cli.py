@@ -55,7 +55,8 @@ def test_files_that_are_no_text(tmp_path, name, words):
 
 def test_other_mistakes(tmp_path, notes):
     refused(run('ask', 'What?', tmp_path/'none.txt'), 'none.txt: no such file')
-    refused(run('ask', 'What?', tmp_path), 'is a directory')
+    (tmp_path/'empty').mkdir()
+    refused(run('ask', 'What?', tmp_path/'empty'), 'nothing to read')
     refused(run('ask', '  ', notes), 'question is empty')
     refused(run('ask', 'What?', notes, '--base-url', 'http://127.0.0.1:1'), '--model')
     refused(run('ask', 'What?', notes, '--encoding', 'utf-99'), 'utf-99')
@@ -77,7 +78,7 @@ def test_answer_on_stdout_steps_on_stderr(notes):
     assert s.messages[0][1]['content'] == 'When does the café open?'
 
 def test_json(notes):
-    with ScriptedServer(code('x = 1'), 'FINAL(nine "o\'clock")') as s:
+    with ScriptedServer(code('x = context'), 'FINAL(nine "o\'clock")') as s:
         r = run('ask', 'When?', notes, '--json', '--quiet', *to(s))
     found = json.loads(r.stdout)
     assert r.stderr == b'' and r.stdout.count(b'\n') == 1
@@ -138,7 +139,7 @@ def test_bench_mistakes(tmp_path):
     assert not s.requests
 
 def test_environment_names_the_model(notes):
-    with ScriptedServer('FINAL(nine)') as s:
+    with ScriptedServer(code('context'), 'FINAL(nine)') as s:
         r = run('ask', 'When?', notes, env=dict(RLM_MODEL='openai/scripted', RLM_BASE_URL=s.url, RLM_API_KEY='none'))
     assert r.stdout == b'nine\n', r.stderr
 
@@ -163,7 +164,7 @@ def on_a_terminal(args, **extra):
 @pytest.mark.parametrize('no_color', [False, True])
 def test_hostile_text_on_a_terminal(notes, no_color):
     "Neither code, output, message nor answer moves the cursor, sets the title or the clipboard, or is read as markup"
-    with ScriptedServer(code(f'print({hostile!r}) # {hostile}', content=hostile), f'FINAL({hostile})') as s:
+    with ScriptedServer(code(f'print({hostile!r}) # {hostile} context', content=hostile), f'FINAL({hostile})') as s:
         got = on_a_terminal(['ask', 'What?', notes, *to(s)], **({'NO_COLOR': '1'} if no_color else {}))
     for bad in '\x1b]', '\x1b[2J', '\x9b', '\u202e', '\x07': assert bad not in got
     assert 'red [bold]x[/bold] back' in got
@@ -181,7 +182,7 @@ def test_interrupt(notes):
     assert err.decode().endswith('rlm: interrupted\n') and b'Traceback' not in err
 
 def test_reader_gone(notes):
-    with ScriptedServer('FINAL(' + 'x' * 1_000_000 + ')') as s:
+    with ScriptedServer(code('context'), 'FINAL(' + 'x' * 1_000_000 + ')') as s:
         p = subprocess.Popen([*rlm, 'ask', 'What?', str(notes), *to(s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
         p.stdout.close()
         err = p.stderr.read()

@@ -104,11 +104,11 @@ def test_every_place_opens_where_it_says(show, res):
 
 def test_a_place_says_where_in_the_context_it_stands(show, res):
     page = show(res)
-    assert page.locator('.place .at').all_inner_texts() == ['Context, line 1,311']*4
+    assert page.locator('.place .at').all_inner_texts() == ['context, line 1,311']*4
     assert page.locator('.stands code').all_inner_texts() == [LOG[1310]]*3 and page.locator('.stands mark').first.inner_text() == 'Oda Lindqvist'
     assert [(o['line'], '\n'.join(LOG)[o['at']:][:13]) for o in res.trace[-1]['places']] == [(1311, 'Oda Lindqvist')]*4
 
-@pytest.mark.parametrize('context, at', [(LOG, 'Context, text 1,311, line 1'), (dict(notes='x', log='\n'.join(LOG)), 'Context, log, line 1,311'), (dict(a=3), None), (None, None)])
+@pytest.mark.parametrize('context, at', [(LOG, 'context[1310], line 1'), (dict(notes='x', log='\n'.join(LOG)), 'context["log"], line 1,311'), (dict(a=3), None), (None, None)])
 def test_a_context_of_several_texts(show, context, at):
     m = ScriptedModel(repl_call(f'print({LOG[1310]!r})'), 'FINAL(oda lindqvist)', 'FINAL(oda lindqvist)')
     page = show(RLM(m).completion('Who?', context))

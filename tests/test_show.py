@@ -29,7 +29,7 @@ def run(t, n=40, pause=0):
     t.add('run', run='c', parent='root', depth=1, query='And the rest?', model='openai/small', context='list of 2 items')
     t.add('final', run='c', depth=1, answer='none', stop_reason='final', iterations=1, seconds=1.)
     t.add('guard', run='root', depth=0, step=1, name='no_end', text='Go on.')
-    t.add('final', run='root', depth=0, answer='Three lines are red. '*6, stop_reason='final', iterations=1, seconds=2.)
+    t.add('final', run='root', depth=0, answer='Three lines are red. '*6, stop_reason='final', iterations=1, seconds=2., places=[dict(line=1310, text='red is line one', n=1), dict(line=1310, text='red is line one', n=2), dict(item='b', line=2, text='also red')])
 '''
 
 AT_80 = '''
@@ -54,6 +54,8 @@ turn 1 · 1,000 tokens read, 20 written, S
   ! no_end: Go on.
 = Three lines are red. Three lines are red. Three lines are red. Three lines are
   red. Three lines are red. Three lines are red.
+  @ line 1,310: red is line one
+  @ context['b'], line 2: also red
   final after 1 turn · 41 calls · 41,820 tokens · $0.0410 · S · left: 48,180
   tokens
 '''.strip().split('\n')
@@ -187,7 +189,7 @@ def test_plain_lines_on_a_terminal_that_wants_none(env):
 
 def test_a_pipe_gets_plain_lines():
     out, err = in_pipe(LIVE)
-    assert '\x1b' not in out and err == '' and out.splitlines()[-3] == '  ! no_end: Go on.'
+    assert '\x1b' not in out and err == '' and out.splitlines()[-5] == '  ! no_end: Go on.'
     assert '━' not in in_pipe(LIVE, PYTHONIOENCODING='ascii')[0]
 
 def test_nothing_is_printed_unless_asked(capfd):
@@ -225,7 +227,7 @@ def hostile_trace():
     t.add('reply', run='root', depth=0, step=bad, kind='root', message=dict(content=f'{bad}\n```repl\n{bad}\n```', reasoning_content=bad, tool_calls=[dict(function=dict(name=bad, arguments=json.dumps(dict(python_code=bad))))]), usage={}, cost=0)
     t.add('cell', run='root', depth=0, step=1, code=bad + '!', output=bad, error=bad, cut=bad, lost=[bad])
     for kind in ('failed', 'guard', 'compact', 'protocol', bad): t.add(kind, run='root', name=bad, text=bad, error=bad, **{'x'+bad:bad})
-    t.add('final', run='root', depth=0, answer=bad, stop_reason=bad, iterations=1)
+    t.add('final', run='root', depth=0, answer=bad, stop_reason=bad, iterations=1, places=[dict(line=bad, item=bad, text=bad)])
     t.add('error', run='root', depth=0, error=bad, text=bad)
     return t
 
@@ -261,7 +263,7 @@ def test_hostile_text_is_text_in_a_notebook():
     assert page.tags <= SAFE and page.attrs <= {'class', 'style'}
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(HOSTILE), lambda o: st.lists(o, max_size=3) | st.dictionaries(st.text(max_size=8), o, max_size=3), max_leaves=6)
-FIELDS = 'run parent depth step kind key query model context settings messages message usage cost seconds code output error cut lost name text answer stop_reason iterations t'.split()
+FIELDS = 'places run parent depth step kind key query model context settings messages message usage cost seconds code output error cut lost name text answer stop_reason iterations t'.split()
 EVENT = st.builds(lambda kind, fields: dict(v=1, n=0, t=0) | fields | dict(type=kind), st.sampled_from('run request reply cell failed guard compact protocol final error batch budget custom'.split()),
     st.dictionaries(st.sampled_from(FIELDS), VALUES | st.sampled_from(['root', 'sub', 'a', 'b']), max_size=8))
 
