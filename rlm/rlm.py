@@ -614,6 +614,7 @@ def turns(self:Run):
     for self.steps in range(1, self.most+1):
         if before and self.steps>before[0]: raise BudgetExceeded(before[1])
         turn, msg, problems = self.step()
+        if self.rlm.budget: self.tree.trace.add('budget', run=self.name, depth=self.depth, step=self.steps, left=self.budget())
         self.act(turn, msg, problems)
         if end := self.ended(turn): return end
         self.fit()

@@ -1,10 +1,13 @@
 "A trace loses no event that was noted, whenever the process dies, and never writes a secret"
-import json, os, random, signal, subprocess, sys, threading, time
+import json, os, random, re, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
+from rlm.models import ScriptedModel, repl_call
+from rlm.rlm import RLM
 from rlm.trace import Replay, Trace, read_trace
-from rlm.usage import RLMError
+from rlm.usage import Budget, RLMError
 
 class Odd:
     def __init__(self, text): self.text = text
@@ -148,7 +151,7 @@ def test_no_room_for_the_file(tmp_path):
     r = subprocess.run([sys.executable, '-c', '''
 import resource, signal, sys
 from rlm.trace import Trace, read_trace
-from rlm.usage import RLMError
+from rlm.usage import Budget, RLMError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 t = Trace(sys.argv[1])
 for i in range(5): t.add('cell', step=i, output='x'*1000)
@@ -194,3 +197,27 @@ import rlm.trace
 print(time.process_time() - t)
 assert not {'litellm', 'IPython', 'openai', 'httpx'} & set(sys.modules)'''], capture_output=True, text=True, check=True)
     assert float(r.stdout) < .05
+
+
+# what the chapter says of each event
+
+def documented():
+    "Fields by type, from the table in the chapter"
+    nb = json.loads((Path(__file__).parent.parent/'nbs'/'02_trace.ipynb').read_text(encoding='utf-8'))
+    text = next(t for c in nb['cells'] if '| type | when | fields |' in (t := ''.join(c['source'])))
+    rows = [o.split('|') for o in text.splitlines() if o.startswith('| `')]
+    return {r[1].strip(' `'): set(re.findall(r'`(\w+)`', r[3])) for r in rows}
+
+def test_the_table_of_events_is_complete():
+    table, common = documented(), {'v', 'n', 't', 'type', 'run', 'depth', 'step', 'replayed'}
+    ask = repl_call('print(llm_query_batched(["a", "b"]), rlm_query("deeper?", "text"))')
+    root = ScriptedModel(repl_call('print(context)'), 'I go on.', ask, 'FINAL(a line of text)', name='root')
+    sub = ScriptedModel('one', ValueError('no'), default='FINAL(text)', name='sub')
+    told = RLM(root, sub, depth=2, budget=Budget(calls=40)).completion('Q?', 'a line of text\nanother').trace.events
+    with pytest.raises(RLMError) as e: RLM(ScriptedModel(repl_call('1'))).completion('Q?', 'text')
+    told += e.value.trace.events
+    assert {o['type'] for o in told} >= {'run', 'request', 'reply', 'failed', 'budget', 'cell', 'batch', 'guard', 'final', 'error'} and {o['type'] for o in told} <= set(table)
+    for o in told: assert set(o) - common <= table[o['type']], o
+    assert set(table) - {'compact', 'protocol'} <= {o['type'] for o in told}
+    left = [o['left'] for o in told if o['type'] == 'budget']
+    assert len(left) >= 4 and left[0]['calls'] > left[-1]['calls'] and set(left[0]) == {'calls', 'iterations'}
