@@ -7,7 +7,7 @@ from rlm.models import ScriptedModel, repl_call
 from rlm.page import places, save_html, trace_html
 from rlm.rlm import RLM
 from rlm.trace import Trace, read_trace
-from rlm.usage import RLMError
+from rlm.usage import Budget, RLMError
 
 ARGS = '--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
 LOAD = 4 # how much slower than an idle machine a test may run
@@ -101,6 +101,11 @@ def test_every_place_opens_where_it_says(show, res):
     for i,o in enumerate(found):
         page.locator('.place button').nth(i).click()
         assert o['match'] in page.locator('.item:focus-within .body pre').last.inner_text()
+
+def test_a_turn_says_what_is_left_of_the_budget(show):
+    m = ScriptedModel(repl_call('print(context)'), 'FINAL(text)')
+    page = show(RLM(m, budget=Budget(calls=5, tokens=90_000, seconds=60)).completion('Q?', 'text'))
+    assert re.fullmatch(r'left: 8\d[.\d]*k tokens, 3 calls, [\d.]+ s, 29 turns', page.locator('.turn .left').first.inner_text()), page.locator('.turn .left').first.inner_text()
 
 def test_a_place_says_where_in_the_context_it_stands(show, res):
     page = show(res)
