@@ -1,11 +1,18 @@
 "`rlm chat` as a user meets it: in a pseudo-terminal, and line by line from a pipe"
-import fcntl, os, pty, re, select, signal, struct, subprocess, sys, termios, time
+import fcntl, os, pty, re, select, struct, termios, time
 import pytest
+from rlm_process import Rlm
 from scripted_server import ScriptedServer, closed_port, code, error, hang
 
-rlm = [sys.executable, '-c', 'from rlm.cli import main; raise SystemExit(main())', 'chat']
 clean_env = {k: v for k, v in os.environ.items() if not k.startswith('RLM_') or k.startswith('RLM_LOCAL')} | dict(PYTHONIOENCODING='utf-8')
 PATIENCE = 60
+
+@pytest.fixture(scope='module', autouse=True)
+def warm():
+    global started
+    started = Rlm()
+    yield
+    started.close()
 
 @pytest.fixture
 def env(tmp_path): return clean_env | dict(XDG_CONFIG_HOME=str(tmp_path/'config'), XDG_STATE_HOME=str(tmp_path/'state'), OLLAMA_HOST=f'127.0.0.1:{closed_port()}')
@@ -23,8 +30,7 @@ class Terminal:
     def __init__(self, args, env, columns=100):
         self.main, side = pty.openpty()
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack('HHHH', 30, columns, 0, 0))
-        self.proc = subprocess.Popen([*rlm, *map(str, args)], stdin=side, stdout=side, stderr=side, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), env=env | dict(TERM='xterm-256color', PROMPT_TOOLKIT_NO_CPR='1'))
+        self.proc = started.start(['chat', *args], env | dict(TERM='xterm-256color', PROMPT_TOOLKIT_NO_CPR='1'), side, side, side, terminal=True)
         os.close(side)
         self.got, self.at = b'', 0
     def __enter__(self): return self
@@ -65,7 +71,7 @@ class Terminal:
 
 def plain(text): return re.sub(r'\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|\x1b[=>78]|[\x07\x08\x0f]', '', text).replace('\r', '')
 
-def piped(args, lines, env): return subprocess.run([*rlm, *map(str, args)], input='\n'.join(lines).encode(), capture_output=True, env=env, timeout=PATIENCE)
+def piped(args, lines, env): return started.run(['chat', *args], env, '\n'.join(lines).encode(), PATIENCE)
 
 # In a terminal -------------------------------------------------------------------------------------------------------
 def test_variables_live_across_turns(notes, env):

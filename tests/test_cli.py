@@ -1,14 +1,23 @@
 "The command `rlm` as a user meets it: a process with arguments, streams and an exit code"
 import json, os, pty, resource, select, signal, subprocess, sys, time
 import pytest
+from rlm_process import Rlm
 from scripted_server import ScriptedServer, closed_port, code, hang
 
-ask = [sys.executable, '-c', 'from rlm.cli import main; raise SystemExit(main())', 'ask']
-rlm = ask[:-1]
-env = {k: v for k, v in os.environ.items() if not k.startswith('RLM_') or k.startswith('RLM_LOCAL')} | dict(PYTHONIOENCODING='utf-8')
+rlm = [sys.executable, '-c', 'from rlm.cli import main; raise SystemExit(main())']
+KEYS = 'OPENAI_', 'ANTHROPIC_', 'TOGETHER_', 'GROQ_', 'FIREWORKS_', 'OPENROUTER_'
+env = {k: v for k, v in os.environ.items() if (not k.startswith('RLM_') or k.startswith('RLM_LOCAL')) and not k.startswith(KEYS)} | dict(
+    PYTHONIOENCODING='utf-8', XDG_CONFIG_HOME='/nowhere', OLLAMA_HOST=f'127.0.0.1:{closed_port()}')
 
-def run(*args, input=None, cmd=rlm, **kw):
-    return subprocess.run([*cmd, *map(str, args)], input=input, capture_output=True, env=env | kw.pop('env', {}), timeout=120, **kw)
+@pytest.fixture(scope='module', autouse=True)
+def warm():
+    global started
+    started = Rlm()
+    yield
+    started.close()
+
+def run(*args, input=None, **kw): return started.run(args, env | kw.pop('env', {}), input, **kw)
+def run_anew(*args): return subprocess.run([*rlm, *args], capture_output=True, env=env, timeout=120)
 
 def to(server): return '--model', 'openai/scripted', '--base-url', server.url, '--api-key', 'none'
 
@@ -30,7 +39,7 @@ def test_help_is_quick():
     "In seconds of the processor, which a busy machine does not change: the process waits for nothing"
     def used(): return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     start = used()
-    assert b'demo' in run('--help').stdout
+    assert b'demo' in run_anew('--help').stdout
     assert used() - start < 0.4
 
 def test_version():
@@ -148,7 +157,7 @@ hostile = '\x1b]0;owned\x07\x1b[2J\x1b[31mred\x9b1m \x1b]52;c;aGk=\x1b\\[bold]x[
 def on_a_terminal(args, **extra):
     "Run with a terminal as stdout and stderr; returns what it got"
     main, side = pty.openpty()
-    p = subprocess.Popen([*rlm, *map(str, args)], stdin=subprocess.DEVNULL, stdout=side, stderr=side, env=env | dict(TERM='xterm-256color') | extra)
+    p = started.start(args, env | dict(TERM='xterm-256color') | extra, side, side, side, terminal=True)
     os.close(side)
     got, end = b'', time.time() + 60
     while time.time() < end:
