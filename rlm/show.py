@@ -194,7 +194,7 @@ def _new(self:Story, name, parent):
     return _Told(name, f'{parent.label}.{parent.children}'.lstrip('.'), min(parent.depth+1, 12))
 
 def _tell_run(story, run, e):
-    about = ' · '.join(str(e[k]) for k in ('model', 'context') if e.get(k)) + (' · from the checkpoint' if e.get('replayed') else '')
+    about = ' · '.join(re.sub(r' \([0-9a-f]{12}\)$', '', str(e[k])) for k in ('model', 'context') if e.get(k)) + (' · from the checkpoint' if e.get('replayed') else '')
     run.active = True
     return [Row(story.cut(e.get('query', ''), width=2000), 'bold', f'run {run.label} ? ' if run.label else '? ', 'prose'), Row(story.cut(about, 1), 'dim', '  ')]
 
