@@ -1,8 +1,11 @@
 "The command `rlm` as a user meets it: a process with arguments, streams and an exit code"
-import json, os, pty, resource, select, signal, subprocess, sys, time
+import json, os, pty, resource, select, signal, subprocess, sys, threading, time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
+from ollama_server import OllamaServer, code as ollama_code
 from rlm_process import Rlm
-from scripted_server import ScriptedServer, closed_port, code, hang
+from scripted_server import Reply, ScriptedServer, closed_port, code, hang, message
 
 rlm = [sys.executable, '-c', 'from rlm.cli import main; raise SystemExit(main())']
 KEYS = 'OPENAI_', 'ANTHROPIC_', 'TOGETHER_', 'GROQ_', 'FIREWORKS_', 'OPENROUTER_'
@@ -197,6 +200,215 @@ def test_reader_gone(notes):
         err = p.stderr.read()
         p.stderr.close()
         assert p.wait(60) == 1 and b'Traceback' not in err and b'Exception ignored' not in err, err.decode()
+
+# Every option, against Ollama's protocol with the bundled model behind it, or a script in its place --------------------
+FIND = "import re\nprint(re.search(r'magic number is (\\d+)', context)[1])"
+def seen(body): return f"FINAL({body['messages'][-1]['content'].split()[0]})"
+def finds(n=1): return [ollama_code(FIND), seen] * n
+
+def test_options_reach_ollama(notes):
+    with OllamaServer(ollama_code('print(context)', thinking='Let me look.'), 'FINAL(nine)') as s:
+        r = run('ask', 'When?', notes, '-m', 'thinker:4b', '--host', s.host, '--num-ctx', '4_096', '--temperature', '.3', '--think')
+    assert (r.returncode, r.stdout) == (0, b'nine\n'), r.stderr.decode()
+    assert all((b['model'], b['think'], b['options']) == ('thinker:4b', True, dict(num_ctx=4096, temperature=.3)) for b in s.chats) and len(s.chats) == 2
+
+@pytest.mark.parametrize('args,sent', [(['--no-think'], False), ([], None)])
+def test_thinking_is_a_choice(notes, args, sent):
+    with OllamaServer(ollama_code('print(context)'), 'FINAL(nine)') as s: assert run('ask', 'When?', notes, '-m', 'thinker:4b', *args, env=dict(OLLAMA_HOST=s.host)).returncode == 0
+    assert all(b.get('think') == sent and b['options']['num_ctx'] == 40960 for b in s.chats)
+
+def test_a_model_without_tools_gets_the_fenced_protocol(notes):
+    with OllamaServer('```repl\nprint(context)\n```', 'FINAL(nine)') as s: r = run('ask', 'When?', notes, '-m', 'plain:135m', '--host', s.host)
+    assert r.stdout == b'nine\n' and not any(b.get('tools') for b in s.chats), r.stderr.decode()
+
+def test_sub_calls_go_to_the_recursive_model(notes):
+    with OllamaServer(ollama_code("print(llm_query('Is nine early? ' + context))"), 'yes it is', 'FINAL(early)') as s:
+        r = run('ask', 'Early?', notes, '-m', 'thinker:4b', '-r', 'smol:135m', '--host', s.host, '--temperature', '0')
+    assert r.stdout == b'early\n', r.stderr.decode()
+    assert [b['model'] for b in s.chats] == ['thinker:4b', 'smol:135m', 'thinker:4b'] and s.chats[1]['options']['num_ctx'] == 8192 and b'yes it is' in r.stderr
+
+def test_what_ollama_lacks_is_said(notes):
+    with OllamaServer(signed_in=False) as s:
+        refused_last(run('ask', 'When?', notes, '-m', 'nothing:1b', '--host', s.host), 'ollama pull nothing:1b')
+        refused_last(run('ask', 'When?', notes, '-m', 'glm-5:cloud', '--host', s.host), 'ollama signin')
+    refused_last(run('ask', 'When?', notes, '-m', 'qwen3:4b'), 'ollama serve', 'bundled')
+
+@pytest.mark.parametrize('option,limit,words', [('--budget-calls', 2, '2 calls'), ('--budget-tokens', 60, '60 tokens'), ('--budget-seconds', .5, '0.5 seconds'), ('--max-iterations', 1, '1 steps')])
+def test_limits(notes, option, limit, words):
+    def slowly(body): return Reply(code('print(context)') if body.get('tools') else message('FINAL(so far)'), delay=.3)
+    with ScriptedServer(slowly) as s: r = run('ask', 'When?', notes, option, limit, '--json', *to(s))
+    found = json.loads(r.stdout)
+    assert found['stop_reason'] in ('calls', 'tokens', 'seconds', 'iterations') and f'within {words}' in r.stderr.decode() and len(s.requests) < 6
+
+def test_a_budget_of_money(notes):
+    with ScriptedServer(lambda body: code('print(context)') if body.get('tools') else message('FINAL(so far)')) as s:
+        r = run('ask', 'When?', notes, '--model', 'openai/gpt-4o-mini', '--base-url', s.url, '--api-key', 'none', '--budget-cost', '.00001', '--json')
+    assert json.loads(r.stdout)['stop_reason'] == 'cost' and b'within $1e-05' in r.stderr, r.stderr.decode()
+
+@pytest.mark.parametrize('repl', ['monty', 'jail', 'process', 'ipython'])
+def test_each_repl(notes, repl):
+    with ScriptedServer(code('n = len(context)'), code('FINAL(n)')) as s: r = run('ask', 'How long?', notes, '--repl', repl, '--json', '-q', *to(s))
+    if repl == 'jail' and r.returncode == 2: pytest.skip(r.stderr.decode())
+    assert json.loads(r.stdout)['answer'] == '45', r.stderr.decode()
+
+def test_the_sandbox_is_the_default(notes):
+    with ScriptedServer(code('print(len(context))\nprint(open("/etc/passwd").read())'), 'FINAL(no)') as s: r = run('ask', 'Where?', notes, *to(s))
+    said = s.messages[-1][-1]['content']
+    assert 'Error' in said and 'root:' not in said
+
+def test_child_runs(notes):
+    def reply(body):
+        if any('first word' in str(m['content']) for m in body['messages'][:2]): return code('FINAL(context.split()[0])')
+        return 'FINAL(last)' if any(m['role'] == 'tool' for m in body['messages']) else code("print(rlm_query('What is the first word?', 'last line'), len(context))")
+    with ScriptedServer(reply) as s: r = run('ask', 'Which?', notes, '--depth', 2, '--json', '-q', *to(s))
+    found = json.loads(r.stdout)
+    assert found['answer'] == 'last' and found['usage']['calls'] == 3, s.messages
+
+# Saved runs ----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, warm):
+    "Two saved runs, the first with its page"
+    d = tmp_path_factory.mktemp('runs')
+    (d/'notes.txt').write_text('first line\nThe café opens at nine.\n')
+    for name, answer in ('a', 'nine'), ('b', 'ten'):
+        with ScriptedServer(code('print(context)'), f'FINAL({answer})') as s: r = run('ask', 'When?', 'notes.txt', '--save', f'{name}.jsonl', '--html', f'{name}.html', *to(s), cwd=d)
+        assert r.returncode == 0, r.stderr.decode()
+    return d
+
+def test_a_saved_run_and_its_page(runs):
+    from rlm.trace import read_trace
+    assert [e['type'] for e in read_trace(runs/'a.jsonl')][-1] == 'final' and 'nine' in (runs/'a.html').read_text() and '<html' in (runs/'a.html').read_text()[:500].lower()
+
+def test_asked_again_nothing_is_paid_again(runs, tmp_path):
+    (tmp_path/'a.jsonl').write_bytes((runs/'a.jsonl').read_bytes())
+    with ScriptedServer() as s: r = run('ask', 'When?', 'notes.txt', '--save', tmp_path/'a.jsonl', *to(s), cwd=runs)
+    assert (r.returncode, r.stdout, s.requests) == (0, b'nine\n', []), r.stderr.decode()
+
+def test_trace_commands(runs, tmp_path):
+    listed = run('trace', 'ls', cwd=runs).stdout.decode()
+    assert 'a.jsonl' in listed and 'b.jsonl' in listed and 'When?' in listed and run('trace', 'ls', runs/'a.jsonl').returncode == 0
+    shown = run('trace', 'show', runs/'a.jsonl').stdout.decode()
+    assert '> print(context)' in shown and 'FINAL(nine)' in shown
+    assert run('trace', 'diff', runs/'a.jsonl', runs/'a.jsonl').returncode == 0
+    differ = run('trace', 'diff', runs/'a.jsonl', runs/'b.jsonl')
+    assert differ.returncode == 1 and 'ten' in differ.stdout.decode()
+    assert run('trace', 'html', runs/'b.jsonl', '-o', tmp_path/'b.html').stdout.decode() == f"{tmp_path/'b.html'}\n" and 'ten' in (tmp_path/'b.html').read_text()
+    refused(run('trace', 'show', tmp_path/'none.jsonl'), 'none.jsonl: No such file')
+    refused(run('trace', 'show', runs), 'rlm trace ls')
+    refused(run('trace', 'ls', tmp_path), '--save run.jsonl')
+
+def test_a_place_that_cannot_be_written_costs_nothing(notes, tmp_path):
+    with ScriptedServer() as s:
+        for option in '--save', '--html': refused_last(run('ask', 'When?', notes, option, tmp_path/'no'/'file', *to(s)), 'cannot be written')
+        refused_last(run('ask', 'When?', notes, '--save', tmp_path, *to(s)), 'is a folder')
+    assert not s.requests
+
+# What ask reads ------------------------------------------------------------------------------------------------------
+def test_folders_patterns_and_pages(tmp_path):
+    (tmp_path/'src').mkdir()
+    for name, text in {'src/a.md': '# Heading', 'src/b.csv': 'x,y\n1,2', 'src/c.json': '{"k": 1}', 'src/d.py': 'def f(): pass', 'page.html': '<p>Hello <b>you</b></p><script>no()</script>'}.items(): (tmp_path/name).write_text(text)
+    with ScriptedServer(code('FINAL(context)')) as s: text = run('ask', 'What?', 'src', 'pa*.html', '-q', *to(s), cwd=tmp_path).stdout.decode()
+    for o in '# Heading', 'x,y', '{"k": 1}', 'def f()', 'Hello you': assert o in text
+    assert 'no()' not in text
+    with page_server(b'<h1>News</h1><p>The caf\xc3\xa9 moved.</p>') as url, ScriptedServer(code('FINAL(context)')) as s: text = run('ask', 'What?', url, '-q', *to(s)).stdout.decode()
+    assert 'News' in text and 'The café moved.' in text and '<p>' not in text
+
+@contextmanager
+def page_server(body):
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header('Content-Type', 'text/html; charset=utf-8')
+            self.end_headers()
+            self.wfile.write(body)
+    httpd = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=httpd.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
+    try: yield f'http://127.0.0.1:{httpd.server_port}/'
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+
+def test_five_gigabytes(tmp_path):
+    "The sandbox says what to do; a process reads it where it lies"
+    path = tmp_path/'huge.log'
+    line = b'nothing happened here, as on most days of the year\n' * 20_000
+    with open(path, 'wb') as f:
+        f.write(line)
+        f.truncate(5_000_000_000)
+    r = run('ask', 'What?', path)
+    assert (r.returncode, r.stdout) == (2, b'') and r.stderr.count(b'\n') == 1 and b'Traceback' not in r.stderr, r.stderr.decode()
+
+# Models, needles, comparisons ----------------------------------------------------------------------------------------
+def test_models():
+    with OllamaServer() as s: r = run('models', '--host', s.host, '--json', env=dict(OPENAI_API_KEY='sk-x'))
+    rows = json.loads(r.stdout)['models']
+    assert r.returncode == 0 and {o['name'] for o in rows} >= {'smol:135m', 'glm-5:cloud', 'openai/gpt-4o-mini'} and 'bundled' in {o['provider'] for o in rows} and b'sk-x' not in r.stdout
+    plain = run('models').stdout.decode()
+    assert 'ollama serve' in plain and 'bundled' in plain
+
+def test_niah():
+    with OllamaServer(*finds()) as s: r = run('niah', '-m', 'smol:135m', '--host', s.host, '--lines', 500, '--seed', 3, '--json', '-q')
+    found = json.loads(r.stdout)
+    assert r.returncode == 0 and r.stderr == b'' and found['right'] and (found['lines'], found['seed'], found['iterations']) == (500, 3, 2) and len(found['expected']) == 7, r.stderr.decode()
+    with OllamaServer(ollama_code('print(context[:5])'), 'FINAL(1)') as s: assert run('niah', '-m', 'smol:135m', '--host', s.host, '--lines', 500).returncode == 1
+
+def test_bench_models(tmp_path):
+    with OllamaServer(*finds(4)) as s, OllamaServer(*finds(2)) as other:
+        r = run('bench', 'models', '--no-local', '--ollama', 'smol:135m', f'{other.url}/thinker:4b', '--ollama', 'nothing:1b', '--ollama-host', s.host, '--no-cloud-auto', '--lines', 300, '--trials', 2, '--seed', 5,
+            '--think', '--num-ctx', 2048, '--temperature', 0, '--json', tmp_path/'t.json', '--plot', tmp_path/'t.svg', env=dict(OPENAI_API_KEY='sk-never'))
+    table = r.stdout.decode()
+    assert r.returncode == 0 and table.split('\n')[0].split() == ['model', 'provider', 'accuracy', 'time', 'iterations', 'tokens', 'cost'], r.stderr.decode()
+    rows = json.loads((tmp_path/'t.json').read_text())['rows']
+    assert [(o['model'], o['n'], o['right']) for o in rows] == [('smol:135m', 2, 2), ('thinker:4b', 2, 2), ('nothing:1b', 0, 0)] and 'ollama pull nothing:1b' in table
+    assert [t['seed'] for t in rows[0]['trials']] == [5, 6] and (tmp_path/'t.svg').read_text().lstrip().startswith('<?xml') and 'gpt-4o' not in table
+    assert all(b['options'] == dict(num_ctx=2048, temperature=0) for b in s.chats) and len(s.chats) == 4 and all(b['think'] for b in other.chats) and b'6/6' in r.stderr
+
+def test_bench_models_of_clouds():
+    "A key that no cloud knows costs a row, not the table; no request leaves the machine, since the address is here"
+    with ScriptedServer(key='right') as s:
+        r = run('bench', 'models', '--no-local', '--cloud', 'openai:gpt-4o-mini', '--lines', 100, '--trials', 1, '--json', '-', env=dict(OPENAI_API_KEY='sk-wrong', OPENAI_BASE_URL=s.url, OPENAI_API_BASE=s.url))
+    assert r.returncode == 1 and 'AuthError' in json.loads(r.stdout)['rows'][0]['error'] and b'sk-wrong' not in r.stdout + r.stderr, r.stderr.decode()
+    refused(run('bench', 'models', '--no-local', '--no-cloud-auto'), '--ollama', '--cloud')
+
+def test_a_bar_on_a_terminal():
+    with OllamaServer(*finds()) as s: got = on_a_terminal(['bench', 'models', '--no-local', '--no-cloud-auto', '--ollama', 'smol:135m', '--host', s.host, '--lines', 200, '--trials', 1])
+    assert '100%' in got and 'smol:135m: right' in got
+
+# Defaults, help, completion ------------------------------------------------------------------------------------------
+def test_defaults_from_the_file(notes, tmp_path):
+    config = tmp_path/'rlm'/'config.toml'
+    config.parent.mkdir()
+    with OllamaServer(*[ollama_code('print(context)'), 'FINAL(nine)'] * 3) as s:
+        config.write_text(f'host = "{s.host}"\nmodel = "thinker:4b"\n[ask]\nnum_ctx = 4096\nthink = true\nquiet = true\n')
+        at = dict(XDG_CONFIG_HOME=str(tmp_path))
+        r = run('ask', 'When?', notes, env=at)
+        assert (r.returncode, r.stdout, r.stderr) == (0, b'nine\n', b'')
+        run('ask', 'When?', notes, '--no-think', '-m', 'smol:135m', env=at)
+        run('ask', 'When?', notes, env=at | dict(RLM_MODEL='gpt-oss:20b'))
+    assert [(b['model'], b.get('think'), b['options']['num_ctx']) for b in s.chats[::2]] == [('thinker:4b', True, 4096), ('smol:135m', None, 4096), ('gpt-oss:20b', 'medium', 4096)]
+
+@pytest.mark.parametrize('text,words', [('modell = "x"', "no option 'modell'"), ('[ask]\nlines = 3', 'rlm ask has no option'), ('num_ctx = "many"', 'not a whole number'), ('repl = "bash"', 'monty, jail'), ('model = ', 'config.toml'), ('think = 3', 'true or false')])
+def test_mistakes_in_the_file(notes, tmp_path, text, words):
+    (tmp_path/'rlm').mkdir()
+    (tmp_path/'rlm'/'config.toml').write_text(text)
+    refused(run('ask', 'When?', notes, env=dict(XDG_CONFIG_HOME=str(tmp_path))), words, 'config.toml')
+
+def test_each_help_shows_an_example():
+    from rlm.cli import COMMANDS
+    assert set(COMMANDS) >= {'demo', 'ask', 'chat', 'bench models', 'bench repl', 'niah', 'models', 'trace ls', 'trace show', 'trace diff', 'trace html', 'serve', 'completion'}
+    for words in COMMANDS: assert f'examples:\n  rlm {words}' in run(*words.split(), '--help').stdout.decode(), words
+
+def complete(line, script):
+    words = line.split(' ')
+    test = f'{script}\nCOMP_WORDS=({" ".join(repr(o) for o in words)}); COMP_CWORD={len(words)-1}; _rlm; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    return subprocess.run(['bash', '-c', test], capture_output=True, text=True).stdout.split()
+
+def test_completion_in_bash():
+    script = run('completion', 'bash').stdout.decode()
+    assert complete('rlm b', script) == ['bench'] and set(complete('rlm bench ', script)) >= {'models', 'tasks', 'loop', 'repl'}
+    assert complete('rlm ask --num', script) == ['--num-ctx'] and complete('rlm ask --repl m', script) == ['monty'] and complete('rlm trace sh', script) == ['show']
+    for shell in 'zsh', 'fish': assert 'bench' in run('completion', shell).stdout.decode()
 
 # With the bundled model ----------------------------------------------------------------------------------------------
 @pytest.mark.slow
