@@ -106,6 +106,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'rlm.chat.Run.tell_again': ('chat.html#run.tell_again', 'rlm/chat.py'),
                           'rlm.chat.Session.use_context': ('chat.html#session.use_context', 'rlm/chat.py'),
                           'rlm.chat.Session.use_model': ('chat.html#session.use_model', 'rlm/chat.py'),
+                          'rlm.chat._cell': ('chat.html#_cell', 'rlm/chat.py'),
                           'rlm.chat._deaf': ('chat.html#_deaf', 'rlm/chat.py'),
                           'rlm.chat._history': ('chat.html#_history', 'rlm/chat.py'),
                           'rlm.chat._prompt': ('chat.html#_prompt', 'rlm/chat.py'),

@@ -23,6 +23,11 @@ from .cli import *
 from .cli import _page, _writable
 
 # %% ../nbs/13a_chat.ipynb #b2106094
+def _cell(call):
+    "The code of a call; one that could not be read stands as it was written"
+    args, problem = read_args(call['function']['arguments'])
+    return call['function']['arguments'] if problem else args.get('python_code', '')
+
 def as_fenced(
     messages:list, # of a conversation with tool calls
 )->list: # the same, with the code in the messages
@@ -30,7 +35,7 @@ def as_fenced(
     res = []
     for m in messages:
         if calls := m.get('tool_calls'):
-            blocks = [f"```repl\n{read_args(c['function']['arguments']).get('python_code', '')}\n```" for c in calls]
+            blocks = [f"```repl\n{_cell(c)}\n```" for c in calls]
             m = dict(role=m['role'], content='\n'.join([m['content'], *blocks] if m.get('content') else blocks))
         res.append(dict(role='user', content=f"Output:\n{m['content']}") if m['role'] == 'tool' else m)
     return res

@@ -1,6 +1,7 @@
 "`rlm chat` as a user meets it: in a pseudo-terminal, and line by line from a pipe"
 import fcntl, os, pty, re, select, struct, termios, time
 import pytest
+from ollama_server import Model, OllamaServer, code as ollama_code
 from rlm_process import Rlm
 from scripted_server import ScriptedServer, closed_port, code, error, hang
 
@@ -235,6 +236,41 @@ def test_history_that_cannot_be_kept(notes, env, tmp_path):
         t.line('/quit')
         assert t.end() == 0
 
+# Every option --------------------------------------------------------------------------------------------------------
+def test_options_reach_ollama(notes, env):
+    "And a model without tools takes the conversation over, with the variables"
+    script = ollama_code('n = len(context)'), 'FINAL(noted)', '```repl\nprint(n, len(context))\n```', 'FINAL(both)'
+    with OllamaServer(*script) as s:
+        r = piped(['-c', notes, '-m', 'thinker:4b', '--host', s.host, '--num-ctx', 4096, '--temperature', .2, '--no-think'], ['One?', '/model plain:135m', 'Two?', '/model', '/cost'], env)
+    assert r.returncode == 0 and r.stdout.decode().split('\n')[:3] == ['noted', 'ollama_chat/plain:135m', 'both'], r.stderr.decode()
+    assert [b['model'] for b in s.chats] == ['thinker:4b'] * 2 + ['plain:135m'] * 2 and all(b['options']['temperature'] == .2 and b['options']['num_ctx'] == 4096 for b in s.chats)
+    assert s.chats[0]['think'] is False and not s.chats[2].get('tools') and '```repl\nn = len(context)\n```' in s.chats[2]['messages'][2]['content'] and '45 45' in s.chats[3]['messages'][-1]['content']
+    assert 'glm-5:cloud' in r.stdout.decode() and '4 calls' in r.stdout.decode()
+
+def test_what_chat_does_unless_told(notes, env):
+    with OllamaServer(ollama_code('print(context)'), 'FINAL(noted)', models={'long:8b': Model(context_length=200_000)}) as s: piped(['-c', notes, '-m', 'long:8b'], ['One?'], env | dict(OLLAMA_HOST=s.host))
+    assert s.chats[0]['options'] == dict(temperature=.6, num_ctx=131072)
+    assert '(15)' in started.run(['chat', '--help'], env).stdout.decode()
+
+def test_turns_are_limited(notes, env):
+    with ScriptedServer(lambda body: code('print(context)') if body.get('tools') else 'FINAL(so far)') as s: r = piped(['-c', notes, '--max-iterations', 2, *to(s)], ['One?', 'Two?'], env)
+    assert r.stdout == b'so far\nso far\n' and r.stderr.count(b'within 2 steps') == 2
+
+@pytest.mark.parametrize('option,value', [('--budget-tokens', 60), ('--budget-seconds', .001), ('--budget-cost', 1e-9)])
+def test_budgets(notes, env, option, value):
+    with ScriptedServer(lambda body: code('print(context)') if body.get('tools') else 'FINAL(so far)') as s:
+        r = piped(['-c', notes, option, value, '--model', 'openai/gpt-4o-mini', '--base-url', s.url, '--api-key', 'none'], ['One?'], env)
+    assert b'did not end the run within' in r.stderr and len(s.requests) < 5, r.stderr.decode()
+
+def test_sub_calls_go_to_the_recursive_model(notes, env):
+    with ScriptedServer(code("print(llm_query('Is it early? ' + context))"), 'yes', 'FINAL(early)') as s: r = piped(['-c', notes, '-r', 'openai/small', *to(s)], ['Early?'], env)
+    assert r.stdout == b'early\n' and [b['model'] for b in s.requests] == ['scripted', 'small', 'scripted'], r.stderr.decode()
+
+def test_several_documents(notes, tmp_path, env):
+    (tmp_path/'b.md').write_text('# Second')
+    with ScriptedServer(code('print(context)'), 'FINAL(x)') as s: piped(['-c', notes, '-c', tmp_path/'b.md', *to(s)], ['What?'], env)
+    assert 'opens at nine' in s.messages[-1][-1]['content'] and '# Second' in s.messages[-1][-1]['content']
+
 # With the bundled model ----------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_with_the_bundled_model(tmp_path, env):
@@ -247,5 +283,21 @@ def test_with_the_bundled_model(tmp_path, env):
         t.ready(r'4721\n')
         t.line('What is the backup password?')
         t.ready(r'heron-42\n')
+        t.send('\x04')
+        assert t.end() == 0
+
+@pytest.mark.slow
+def test_ollama_with_the_bundled_model_behind(tmp_path, env):
+    "Real answers through Ollama's protocol, in a terminal"
+    pytest.importorskip('xllamacpp')
+    from rlm.local import local_model
+    path = tmp_path/'log.txt'
+    path.write_text('\n'.join(f'{i} nothing happened' for i in range(5000)) + '\nThe magic number is 4721.\n')
+    with OllamaServer(backend=local_model()) as s, Terminal(['-c', path, '-m', 'smol:135m', '--host', s.host, '--temperature', '0'], env) as t:
+        t.ready('smol:135m.*/help')
+        t.line('What is the magic number?')
+        t.ready(r'4721\n')
+        t.line('/model bundled')
+        t.ready('bundled')
         t.send('\x04')
         assert t.end() == 0

@@ -442,3 +442,36 @@ def test_serve():
     finally: p.send_signal(signal.SIGINT)
     assert p.wait(20) == 0
     p.stdout.close()
+
+@pytest.mark.slow
+def test_through_a_gateway(tmp_path, notes):
+    "A LiteLLM proxy in front of the bundled model: an answer, its list, a wrong key, an unknown model"
+    for o in 'xllamacpp', 'fastapi': pytest.importorskip(o)
+    from rlm.local import MODEL, LocalServer
+    from test_proxy import Gateway
+    path = tmp_path/'log.txt'
+    path.write_text('\n'.join(f'{i} nothing happened' for i in range(5000)) + '\nThe magic number is 4721.\n')
+    with LocalServer() as model, Gateway(model, tmp_path/'log') as g:
+        at = dict(RLM_BASE_URL=g.url, RLM_API_KEY=g.key)
+        r = run('ask', 'What is the magic number?', path, '-m', MODEL, env=at)
+        assert (r.returncode, r.stdout) == (0, b'4721\n'), r.stderr.decode()
+        r = run('chat', '-c', path, '-m', f'openai/{MODEL}', '--base-url', g.url, '--api-key', g.key, '--temperature', '0', input=b'What is the magic number?\n/cost\n')
+        assert r.stdout.startswith(b'4721\n') and b' calls' in r.stdout, r.stderr.decode()
+        assert f'openai/{MODEL}' in [o['name'] for o in json.loads(run('models', '--json', env=at).stdout)['models']]
+        r = run('niah', '-m', MODEL, '--lines', 2000, '--seed', 1, '--json', '-q', env=at)
+        assert json.loads(r.stdout)['right'], r.stderr.decode()
+        refused_last(run('ask', 'What?', notes, '-m', MODEL, '--base-url', g.url, '--api-key', 'sk-wrong-0123456789'), 'api_key')
+        refused_last(run('ask', 'What?', notes, '-m', 'unheard-of', env=at), 'model')
+
+@pytest.mark.slow
+def test_needles_with_the_bundled_model():
+    pytest.importorskip('xllamacpp')
+    r = run('bench', 'models', '--lines', 1000, '--trials', 2, '--no-cloud-auto')
+    assert r.returncode == 0 and 'bundled  bundled   100% (2 of 2' in r.stdout.decode(), r.stdout.decode()
+    r = run('niah', '--seed', 1)
+    assert r.returncode == 0 and 'right' in r.stdout.decode(), r.stderr.decode()
+
+@pytest.mark.slow
+def test_bench_repl(tmp_path):
+    r = run('bench', 'repl', '--json', tmp_path/'repl.json')
+    assert r.returncode == 0 and 'monty' in r.stdout.decode() and 'monty' in (tmp_path/'repl.json').read_text(), r.stderr.decode()
