@@ -577,6 +577,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'rlm.models._cost': ('models.html#_cost', 'rlm/models.py'),
                             'rlm.models._counted': ('models.html#_counted', 'rlm/models.py'),
                             'rlm.models._gateway_says': ('models.html#_gateway_says', 'rlm/models.py'),
+                            'rlm.models._in_environment': ('models.html#_in_environment', 'rlm/models.py'),
                             'rlm.models._listed': ('models.html#_listed', 'rlm/models.py'),
                             'rlm.models._litellm': ('models.html#_litellm', 'rlm/models.py'),
                             'rlm.models._marked': ('models.html#_marked', 'rlm/models.py'),

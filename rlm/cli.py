@@ -56,7 +56,8 @@ def _model_options(p, recursive=True, temperature=None):
     g.add_argument('--api-key', metavar='KEY', default=os.environ.get('RLM_API_KEY'), help="its key; default $RLM_API_KEY, else the provider's own variable")
     g.add_argument('--think', action=argparse.BooleanOptionalAction, help='let the model think first, where it can choose; default: as it is used to')
     g.add_argument('--num-ctx', type=_count, metavar='N', help='tokens that Ollama makes room for (131,072, or what the model reads)')
-    g.add_argument('--temperature', type=_amount, metavar='T', default=temperature, help=f"how freely the model draws its words ({temperature or 'its default'})")
+    g.add_argument('--temperature', type=_amount, metavar='T', help=f"how freely the model draws its words ({f'{temperature}; the bundled one: its own' if temperature else 'its default'})")
+    p.set_defaults(usual=temperature)
 
 def model_args(
     args, # parsed
@@ -64,9 +65,9 @@ def model_args(
 )->dict: # model and how to reach it, for `RLM`
     "Which model a name means"
     from rlm.reach import resolve
-    own = dict(think=args.think, num_ctx=args.num_ctx)
-    if name == 'bundled' or not (name or args.base_url or args.api_key): return dict(model=None)
-    return resolve(name, args.host, args.base_url, args.api_key, temperature=args.temperature, **own)
+    if name == 'bundled' or not (name or args.base_url or args.api_key): return resolve(temperature=args.temperature)
+    temperature = args.usual if args.temperature is None else args.temperature
+    return resolve(name, args.host, args.base_url, args.api_key, args.think, args.num_ctx, temperature)
 
 # %% ../nbs/13_cli.ipynb #acb46055
 class Elsewhere:

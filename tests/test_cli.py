@@ -420,7 +420,7 @@ def test_demo(seed):
     r = run('demo', '--seed', seed)
     out = r.stdout.decode()
     assert r.returncode == 0, out + r.stderr.decode()
-    assert '1,000,000 lines' in out and 'step 1' in out and 'truth:' in out and out.splitlines()[-1].startswith('right, ')
+    assert '1,000,000 lines' in out and 'turn 1' in out and 'truth:' in out and out.splitlines()[-1].startswith('right, ')
     assert time.perf_counter() - start < 60
 
 @pytest.mark.slow
