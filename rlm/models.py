@@ -46,7 +46,12 @@ _FAILURES = [ # error, LiteLLM's exceptions, HTTP statuses, pattern in the text,
 def _secrets(kw):
     "The texts in a call's keywords that must not be shown"
     res = [v for k,v in kw.items() if isinstance(v, str) and re.search('key|token|secret|password|credential', k)]
-    return res + [str(v) for v in (kw.get('extra_headers') or {}).values()]
+    said = [str(v) for k in ('headers', 'extra_headers') if isinstance(kw.get(k), dict) for v in kw[k].values()]
+    return res + said + [o.split()[-1] for o in said if o.strip()]
+
+def _in_environment():
+    "Keys that a provider may take from the environment"
+    return [v for k,v in os.environ.items() if len(v)>=8 and re.search(r'(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS)$', k)]
 
 # %% ../nbs/03_models.ipynb #5b70771e
 def _retry_after(e):
@@ -84,7 +89,8 @@ def model_error(
     cls, fix = known or cls, advice or fix
     text = re.sub(r'^no connected db', 'the gateway does not know this key (no connected db)', text, flags=re.I)
     where = f' at {base_url}' if base_url else ''
-    res = cls(scrub(f'{model}{where}: {text[:600].rstrip(" .")}. {fix}', secrets), getattr(e, 'status_code', None))
+    hidden = [*secrets, *_in_environment()]
+    res = cls(scrub(f'{model}{where}: {scrub(text, hidden)[:600].rstrip(" .")}. {fix}', hidden), getattr(e, 'status_code', None))
     res.retry_after = _retry_after(e)
     return res
 

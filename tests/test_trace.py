@@ -8,6 +8,7 @@ from rlm.models import ScriptedModel, repl_call
 from rlm.rlm import RLM
 from rlm.trace import Replay, Trace, read_trace
 from rlm.usage import Budget, RLMError
+from scripted_server import ScriptedServer, error
 
 class Odd:
     def __init__(self, text): self.text = text
@@ -221,3 +222,18 @@ def test_the_table_of_events_is_complete():
     assert set(table) - {'compact', 'protocol'} <= {o['type'] for o in told}
     left = [o['left'] for o in told if o['type'] == 'budget']
     assert len(left) >= 4 and left[0]['calls'] > left[-1]['calls'] and set(left[0]) == {'calls', 'iterations'}
+
+
+# keys that servers send back in their errors
+
+ODD = 'odd-looking-value-4711'
+WAYS = dict(argument=dict(api_key=ODD), environment={}, header=dict(api_key='other', extra_headers={'x-tenant': ODD}), authorization=dict(api_key='other', headers={'Authorization': f'Basic {ODD}'}))
+
+@pytest.mark.parametrize('at', [0, 560, 570])
+@pytest.mark.parametrize('way', WAYS)
+def test_no_key_comes_back_in_an_error(way, at, tmp_path, monkeypatch):
+    if way == 'environment': monkeypatch.setenv('OPENAI_API_KEY', ODD)
+    path = tmp_path/'run.jsonl'
+    with ScriptedServer(lambda body: error(400, 'x'*at + f' Authorization: Bearer {ODD}, x-api-key: {ODD}, key={ODD}')) as s:
+        with pytest.raises(RLMError) as e: RLM('openai/m', base_url=s.url, checkpoint=path, num_retries=0, **WAYS[way]).completion('Q?', 'text')
+    for told in path.read_text(), e.value.trace.save_html(tmp_path/'run.html').read_text(), str(e.value): assert 'odd-l' not in told
