@@ -47,7 +47,7 @@ def _secrets(kw):
     "The texts in a call's keywords that must not be shown"
     res = [v for k,v in kw.items() if isinstance(v, str) and re.search('key|token|secret|password|credential', k)]
     said = [str(v) for k in ('headers', 'extra_headers') if isinstance(kw.get(k), dict) for v in kw[k].values()]
-    return res + said + [o.split()[-1] for o in said if o.strip()]
+    return list(dict.fromkeys(res + said + [o.split()[-1] for o in said if o.strip()]))
 
 def _in_environment():
     "Keys that a provider may take from the environment"
