@@ -136,6 +136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'rlm.cli._count': ('cli.html#_count', 'rlm/cli.py'),
                          'rlm.cli._demo_options': ('cli.html#_demo_options', 'rlm/cli.py'),
                          'rlm.cli._diff_options': ('cli.html#_diff_options', 'rlm/cli.py'),
+                         'rlm.cli._drawable': ('cli.html#_drawable', 'rlm/cli.py'),
                          'rlm.cli._entries': ('cli.html#_entries', 'rlm/cli.py'),
                          'rlm.cli._examples': ('cli.html#_examples', 'rlm/cli.py'),
                          'rlm.cli._expected': ('cli.html#_expected', 'rlm/cli.py'),

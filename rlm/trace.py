@@ -69,7 +69,7 @@ class Trace:
     ):
         self.path, self.secrets, self.clock = None if path is None else Path(path), set(secrets), clock
         self.events, self.listeners = list(events or ()), [] # listeners: called with each event
-        self._lock, self._file, self._before = threading.RLock(), None, defaultdict(deque)
+        self._lock, self._file, self._id, self._before = threading.RLock(), None, None, defaultdict(deque)
         if self.path:
             if self.path.is_file(): self._go_on()
             else: self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,8 @@ def save(self:Trace,
 @patch(as_prop=True)
 def id(self:Trace)->str: # 32 hexadecimal digits
     "What names this trace in the monitoring of others"
-    return hashlib.sha256(_line(self.events[0] if self.events else {})).hexdigest()[:32]
+    if self._id is None and self.events: self._id = hashlib.sha256(_line(self.events[0])).hexdigest()[:32]
+    return self._id or '0'*32
 
 # %% ../nbs/02_trace.ipynb #fadbbbf6
 @dataclass(repr=False)
