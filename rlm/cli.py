@@ -393,6 +393,12 @@ def _bar(screen):
             bar.update(task, completed=d['done'], total=d['total'])
         yield show
 
+def _drawable(path):
+    "Refuse a picture that cannot be drawn, before anything costs something"
+    from importlib.util import find_spec
+    if not find_spec('matplotlib'): raise UsageError("--plot needs matplotlib: pip install 'rlm[plot]'")
+    if os.path.splitext(path)[1].lower() not in ('.png', '.svg', '.pdf'): raise UsageError(f'{path}: a picture is a .png, .svg or .pdf file')
+
 @command('bench models', _bench_models_options, 'Let several models look for the same needles; one table.', 'bench models --ollama qwen3:4b gemma3:1b', 'bench models --no-local --cloud openai:gpt-4o-mini --trials 10 --plot models.png')
 def bench_models(
     args, # parsed
@@ -400,12 +406,13 @@ def bench_models(
     "Models side by side"
     from rlm.bench_models import bench_models, bench_specs
     for path in filter(None, (args.json if args.json != '-' else None, args.plot)): _writable(path)
+    if args.plot: _drawable(args.plot)
     who = bench_specs(args.ollama, not args.no_local, args.cloud, not args.no_cloud_auto)
     if not who: raise UsageError('no model takes part; name some with --ollama or --cloud, or leave out --no-local')
     with _bar(Screen(sys.stderr)) as progress:
         table = bench_models(who, args.lines, args.trials, args.seed, args.max_iterations, progress, repl=args.repl, host=args.host, think=args.think, num_ctx=args.num_ctx, temperature=args.temperature)
-    if args.plot: table.plot(args.plot)
     _print_table(table, args.json)
+    if args.plot: table.plot(args.plot)
     return 0 if any(r.n for r in table.rows) else 1
 
 def _print_table(table, path):
@@ -536,8 +543,10 @@ def _html_options(p):
 def _trace_file(path):
     "Refuse what is no file that can be read"
     if os.path.isdir(path): raise UsageError(f'{path} is a folder; `rlm trace ls {path}` lists the traces in it')
-    try: open(path, 'rb').close()
+    try:
+        with open(path, 'rb') as f: holds = f.read(1)
     except OSError as e: raise UsageError(f'{path}: {e.strerror}') from None
+    if not holds: raise UsageError(f'{path} is empty: no run was saved in it')
     return path
 
 @command('trace ls', _ls_options, 'List saved runs: question, model, turns, calls, tokens, cost, seconds, how they ended.', 'trace ls', 'trace ls runs/')
@@ -715,7 +724,7 @@ def completion(
 # %% ../nbs/13_cli.ipynb #c2505216
 def _expected(e):
     from rlm.usage import RLMError
-    return isinstance(e, (UsageError, RLMError))
+    return isinstance(e, (UsageError, RLMError, OSError))
 
 def one_line(
     e, # an error

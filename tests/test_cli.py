@@ -295,7 +295,12 @@ def test_trace_commands(runs, tmp_path):
     assert run('trace', 'html', runs/'b.jsonl', '-o', tmp_path/'b.html').stdout.decode() == f"{tmp_path/'b.html'}\n" and 'ten' in (tmp_path/'b.html').read_text()
     refused(run('trace', 'show', tmp_path/'none.jsonl'), 'none.jsonl: No such file')
     refused(run('trace', 'show', runs), 'rlm trace ls')
-    refused(run('trace', 'ls', tmp_path), '--save run.jsonl')
+    (tmp_path/'empty.jsonl').touch()
+    refused(run('trace', 'html', tmp_path/'empty.jsonl'), 'is empty')
+    refused(run('trace', 'show', runs/'notes.txt'), 'is not a trace')
+    refused(run('trace', 'ls', tmp_path/'none'), 'none')
+    (tmp_path/'nothing').mkdir()
+    refused(run('trace', 'ls', tmp_path/'nothing'), '--save run.jsonl')
 
 def test_a_place_that_cannot_be_written_costs_nothing(notes, tmp_path):
     with ScriptedServer() as s:
@@ -370,6 +375,7 @@ def test_bench_models_of_clouds():
         r = run('bench', 'models', '--no-local', '--cloud', 'openai:gpt-4o-mini', '--lines', 100, '--trials', 1, '--json', '-', env=dict(OPENAI_API_KEY='sk-wrong', OPENAI_BASE_URL=s.url, OPENAI_API_BASE=s.url))
     assert r.returncode == 1 and 'AuthError' in json.loads(r.stdout)['rows'][0]['error'] and b'sk-wrong' not in r.stdout + r.stderr, r.stderr.decode()
     refused(run('bench', 'models', '--no-local', '--no-cloud-auto'), '--ollama', '--cloud')
+    refused(run('bench', 'models', '--plot', 'table.zzz'), '.svg')
 
 def test_a_bar_on_a_terminal():
     with OllamaServer(*finds()) as s: got = on_a_terminal(['bench', 'models', '--no-local', '--no-cloud-auto', '--ollama', 'smol:135m', '--host', s.host, '--lines', 200, '--trials', 1])
