@@ -158,15 +158,18 @@ def test_interrupt_stops_a_cell(notes, env, repl):
         assert t.end() == 0
 
 def test_paste_of_several_lines(notes, env):
-    with ScriptedServer('FINAL(read)', 'FINAL(read)') as s, Terminal(['-c', notes, *to(s)], env) as t:
+    with ScriptedServer(code('context'), 'FINAL(read)', code('context'), 'FINAL(again)') as s, Terminal(['-c', notes, *to(s)], env) as t:
         t.ready('/help')
         t.send('\x1b[200~one\ntwo\nthree\x1b[201~')
         t.expect('three')
         t.line('')
         t.ready(r'read\n')
+        t.send('four\x1b\r')
+        t.line('five')
+        t.ready(r'again\n')
         t.line('/quit')
         assert t.end() == 0
-    assert s.messages[0][1]['content'] == 'one\ntwo\nthree'
+    assert [m['content'] for m in s.messages[-1] if m['role'] == 'user'] == ['one\ntwo\nthree', 'four\nfive']
 
 def test_history_and_completion(notes, env):
     with ScriptedServer('FINAL(a1)', 'FINAL(a1)', 'FINAL(a2)', 'FINAL(a2)') as s:

@@ -122,6 +122,11 @@ def test_wrong_key_and_no_server(notes):
     refused_last(run('ask', 'What?', notes, '--model', 'openai/x', '--base-url', f'http://127.0.0.1:{closed_port()}/v1', '--api-key', 'none'), 'base_url')
     refused_last(run('ask', 'What?', notes, '--model', 'no-such-model'), 'model')
 
+def test_no_key_and_no_such_provider(notes):
+    refused_last(run('ask', 'What?', notes, '-m', 'openai/gpt-4o-mini'), 'api_key=')
+    refused_last(run('ask', 'What?', notes, '-m', 'nobody/model'), 'provider/name')
+    refused(run('ask', 'What?', notes, '-q', '-m', 'anthropic/'), 'no name of a model')
+
 def refused_last(r, *words):
     "As `refused`, after progress"
     last = r.stderr.decode().splitlines()[-1]
