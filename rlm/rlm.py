@@ -346,7 +346,8 @@ def _values_of(results):
 
 @patch
 def progress(self:Run, start, done, total):
-    "Write down how far a batch is, about twice a second"
+    "Write down how far a batch is, about twice a second; of one that an earlier life finished, only its end"
+    if done<total and self.tree.replay and (self.name, self.steps) in self.tree.replay.batches: return
     now = time.monotonic()
     if done==total or now-getattr(self, 'last_word', 0)>.5:
         self.last_word = now

@@ -265,7 +265,7 @@ class Replay:
     def __init__(self,
         path, # the file, which may be missing; or a `Trace`, or its events
     ):
-        self.root, self.finals, self._replies, self._cells = None, {}, defaultdict(deque), defaultdict(dict)
+        self.root, self.finals, self.batches, self._replies, self._cells = None, {}, set(), defaultdict(deque), defaultdict(dict)
         if isinstance(path, (str, os.PathLike)): path = read_trace(path) if Path(path).exists() else ()
         for e in path: self._index(e)
 
@@ -273,6 +273,7 @@ class Replay:
         kind, run = e['type'], e.get('run')
         if kind=='reply': self._replies[e.get('key')].append(e)
         elif kind=='cell': self._cells[run, e.get('step')][e.get('index')] = e
+        elif kind=='batch' and e.get('done')==e.get('total'): self.batches.add((run, e.get('step')))
         elif kind=='final': self.finals[run] = e
         elif kind=='run':
             self.finals.pop(run, None)
