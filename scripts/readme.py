@@ -36,7 +36,7 @@ def render():
     ReadmeFilter()(nb)
     head = '<!-- Made from nbs/index.ipynb by scripts/readme.py: edit the notebook. -->\n\n'
     text = head + '\n\n'.join(md for md in map(cell_md, nb.cells) if md) + '\n'
-    return re.sub(r'\]\((?=[\w/]+\.ipynb\))', '](nbs/', text)
+    return re.sub(r'\]\((?=[\w/]+\.(ipynb|png)\))', '](nbs/', text)
 
 if __name__ == '__main__':
     match sys.argv[1:]:
