@@ -100,7 +100,7 @@ def tool_schema(
 )->dict: # as the `tools` of a request want it
     "Describe a tool to a model"
     try:
-        schema = get_schema(f, pname='parameters', evalable=True)
+        with parsing: schema = get_schema(f, pname='parameters', evalable=True)
         json.dumps(schema)
     except (AssertionError, TypeError, AttributeError, ValueError) as e:
         raise ToolError(f"{getattr(f, '__name__', f)!r} cannot be a tool: {e} A tool is a named function with a docstring and an annotation on every parameter.") from None

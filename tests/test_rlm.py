@@ -1,13 +1,17 @@
 "`RLM`: guards, protocols, depth, batches, budgets, types, sessions, streams, faults; with scripted models, and with real LiteLLM against a scripted HTTP server"
-import asyncio, json, os, signal, subprocess, sys, threading, time
+import asyncio, gc, json, os, signal, subprocess, sys, threading, time
 from ast import literal_eval
+from concurrent.futures import ThreadPoolExecutor
 import pytest
 from pydantic import BaseModel
 from rlm import usage as U
+from rlm.core import tool_schema
 from rlm.guards import GUARDS, told
 from rlm.models import ScriptedModel, repl_call, reply, tool_call
 from rlm.prompts import FINAL_PROMPT
+from rlm.repl import open_repl
 from rlm.rlm import RLM, RLMResult
+from rlm.tools import make_run_repl
 from rlm.usage import Budget
 from scripted_server import ScriptedServer, message, usage, error, hang, code
 
@@ -713,3 +717,20 @@ def test_the_seconds_of_a_budget_end_a_cell_with_all_it_waits_for():
     t0 = time.monotonic()
     res = RLM(m, tools=[wait], budget=Budget(seconds=3)).completion('Q')
     assert (res.answer, res.stop_reason) == ('so far', 'seconds') and time.monotonic()-t0 < 6
+
+def test_threads_that_parse_code_at_the_same_moment():
+    "Python 3.11 counts the depth of a syntax tree for all threads together, and raises SystemError when two of them mix"
+    cell = '\n'.join(f'def f{i}(a, b=[1, 2, {{3: 4}}]):\n    return [x for x in a if x > b[{i}]]' for i in range(40))
+    def work(i):
+        with open_repl('monty', 'abc') as r:
+            for _ in range(15):
+                assert r.run(cell).error is None and tool_schema(make_run_repl(r))['function']['name'] == 'run_repl'
+    other = lambda *a: sum(range(300)) # what lets another thread run in mid-parse, as profilers and test tools do
+    before = sys.getswitchinterval()
+    gc.callbacks.append(other)
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool: list(pool.map(work, range(8)))
+    finally:
+        gc.callbacks.remove(other)
+        sys.setswitchinterval(before)
