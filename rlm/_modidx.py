@@ -187,6 +187,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'rlm.cli.completion': ('cli.html#completion', 'rlm/cli.py'),
                          'rlm.cli.config_path': ('cli.html#config_path', 'rlm/cli.py'),
                          'rlm.cli.demo': ('cli.html#demo', 'rlm/cli.py'),
+                         'rlm.cli.found_in': ('cli.html#found_in', 'rlm/cli.py'),
                          'rlm.cli.held_out': ('cli.html#held_out', 'rlm/cli.py'),
                          'rlm.cli.limit_of': ('cli.html#limit_of', 'rlm/cli.py'),
                          'rlm.cli.main': ('cli.html#main', 'rlm/cli.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'ENV', 'REPLS', 'LIMITS', 'command', 'UsageError', 'model_args', 'Elsewhere', 'recursive', 'budget_of',
            'rlm_of', 'name_of', 'prepare', 'watched', 'answer', 'demo', 'read_documents', 'check_repl', 'ask',
-           'limit_of', 'chat', 'models', 'serve', 'niah', 'bench_models', 'held_out', 'bench_tasks', 'bench_questions',
-           'bench_repl', 'bench_loop', 'trace_ls', 'trace_show', 'trace_diff', 'trace_html', 'parser', 'config_path',
-           'read_config', 'use_config', 'completion', 'one_line', 'main']
+           'found_in', 'limit_of', 'chat', 'models', 'serve', 'niah', 'bench_models', 'held_out', 'bench_tasks',
+           'bench_questions', 'bench_repl', 'bench_loop', 'trace_ls', 'trace_show', 'trace_diff', 'trace_html',
+           'parser', 'config_path', 'read_config', 'use_config', 'completion', 'one_line', 'main']
 
 # %% ../nbs/13_cli.ipynb #f289b510
 import argparse, os, sys
@@ -230,7 +230,7 @@ def _ask_options(p):
     p.add_argument('question', metavar='QUESTION')
     p.add_argument('files', nargs='+', metavar='FILE', help='files, folders, patterns such as "*.md", addresses of pages; - is stdin')
     p.add_argument('--encoding', help='of the files; default UTF-8, or what they say themselves')
-    p.add_argument('--json', action='store_true', help='print one JSON object: answer, why it ended, steps, tokens, cost, seconds')
+    p.add_argument('--json', action='store_true', help='print one JSON object: answer, where it stands, why it ended, steps, tokens, cost, seconds')
     p.add_argument('-q', '--quiet', action='store_true', help='do not show the run')
     p.add_argument('--save', metavar='FILE', help='write the run as it happens, a line an event; asked again with the same file, it goes on where it stopped')
     p.add_argument('--html', metavar='FILE', help='write a page that shows the run')
@@ -263,14 +263,24 @@ def ask(
     from time import perf_counter
     start, screen = perf_counter(), Screen(open(os.devnull, 'w') if args.quiet else sys.stderr)
     if not args.question.strip(): raise UsageError('the question is empty')
-    context = read_documents(args.files, args.encoding, screen).context
-    check_repl(context, args.repl)
+    docs = read_documents(args.files, args.encoding, screen)
+    check_repl(docs.context, args.repl)
     _, to = prepare(args, lambda: None)
-    screen.say(f'{_size(context)}. Asking {name_of(to)}\n')
-    res = answer(rlm_of(args, to), args.question, context, None if args.quiet else sys.stderr, args.save, args.html)
+    screen.say(f'{_size(docs.context)}. Asking {name_of(to)}\n')
+    res = answer(rlm_of(args, to), args.question, docs.context, None if args.quiet else sys.stderr, args.save, args.html)
     if limit := limit_of(res, args): screen.say(limit, 'yellow')
-    print(_as_json(res, to, perf_counter()-start) if args.json else clean(res.answer))
+    found = found_in(docs, res)
+    print(_as_json(res, to, perf_counter()-start, found) if args.json else clean(res.answer))
+    if found: screen.say(f"found in {', '.join(found)}", 'dim')
     return 0 if res.answer.strip() else 1
+
+def found_in(
+    docs, # `Documents`
+    res, # an `RLMResult`
+)->list: # 'file:line', at most five
+    "Where in the documents the answer stands, as far as the run read it there"
+    places = [o['at'] for e in res.trace.of('final')[-1:] for o in e.get('places', [])]
+    return [f'{name}:{line}' for name,line in dict.fromkeys(map(docs.where, places))][:5]
 
 LIMITS = dict(iterations=lambda a: f'{a.max_iterations:,} steps', tokens=lambda a: f'{a.budget_tokens:,} tokens', cost=lambda a: f'${a.budget_cost:g}',
     seconds=lambda a: f'{a.budget_seconds:g} seconds', calls=lambda a: f'{a.budget_calls:,} calls')
@@ -284,10 +294,10 @@ def limit_of(
 
 def _size(context): return f'{len(context):,} characters' if isinstance(context, str) else f'{context}, {os.path.getsize(context):,} bytes'
 
-def _as_json(res, to, seconds):
+def _as_json(res, to, seconds, found_in):
     import json
     from dataclasses import asdict
-    found = dict(answer=res.answer, stop_reason=res.stop_reason, steps=res.iterations, seconds=round(seconds, 2), model=name_of(to), usage=asdict(res.usage))
+    found = dict(answer=res.answer, found_in=found_in, stop_reason=res.stop_reason, steps=res.iterations, seconds=round(seconds, 2), model=name_of(to), usage=asdict(res.usage))
     return json.dumps(found, ensure_ascii=False, default=str)
 
 # %% ../nbs/13_cli.ipynb #3e2726c9

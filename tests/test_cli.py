@@ -104,6 +104,16 @@ def test_several_files_and_stdin(tmp_path, notes):
         r = run('ask', 'What?', notes, other, '-', *to(s), input='from stdin ü'.encode())
     assert r.stdout.decode() == f'==> {notes} <==\n{notes.read_text(encoding="utf-8")}\n==> {other} <==\nsecond file\nends\n==> - <==\nfrom stdin ü\n'
 
+def test_the_answer_is_found_in_a_file_and_a_line(tmp_path):
+    paths = [tmp_path/'one.txt', tmp_path/'two.txt']
+    paths[0].write_text('nothing here\n'*3)
+    paths[1].write_text('first\nOslo is QX-7731 to us\nlast')
+    def go(*more):
+        with ScriptedServer(code('print(context[context.find("Oslo"):][:30])'), 'FINAL(QX-7731)') as s: return run('ask', 'Which?', *paths, *more, *to(s))
+    r = go()
+    assert r.stdout == b'QX-7731\n' and r.stderr.decode().endswith(f'found in {paths[1]}:2\n')
+    assert json.loads(go('--json', '--quiet').stdout)['found_in'] == [f'{paths[1]}:2']
+
 def test_encodings(tmp_path):
     path = tmp_path/'text'
     for data, args in (('grüße'.encode('utf-16'), ()), ('grüße'.encode('latin-1'), ('--encoding', 'latin-1')), ('grüße'.encode('utf-16-le'), ('--encoding', 'utf-16-le'))):
