@@ -119,6 +119,7 @@ def scrub(
     shapes:bool=True, # hide also what looks like a key?
 )->str:
     "`text` without secrets"
+    if len(text)<6: return text
     for s in sorted((s for s in secrets if len(s)>=6), key=len, reverse=True): text = text.replace(s, '[hidden]')
     return re.sub(r'\b(sk-|Bearer\s+)[\w.~+/-]{6,}=*', '[hidden]', text) if shapes else text
 
