@@ -157,7 +157,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'rlm.cli._page': ('cli.html#_page', 'rlm/cli.py'),
                          'rlm.cli._plain_args': ('cli.html#_plain_args', 'rlm/cli.py'),
                          'rlm.cli._print_table': ('cli.html#_print_table', 'rlm/cli.py'),
-                         'rlm.cli._progress': ('cli.html#_progress', 'rlm/cli.py'),
                          'rlm.cli._questions_options': ('cli.html#_questions_options', 'rlm/cli.py'),
                          'rlm.cli._run_options': ('cli.html#_run_options', 'rlm/cli.py'),
                          'rlm.cli._say_error': ('cli.html#_say_error', 'rlm/cli.py'),

@@ -494,21 +494,20 @@ def _plain_args(args):
     return {k:v for k,v in to.items() if k not in ('protocol', 'window', 'think')} | thinking(to.get('think'))
 
 def _scored(args, what, n, make, **about):
-    from rlm.benchmarks import benchmark_tasks
+    "Measure, print and write; what was measured before an interruption too"
+    from rlm.benchmarks import Score, benchmark_tasks
     if args.json: _writable(args.json)
-    to = _plain_args(args)
-    score = benchmark_tasks(make(), about=dict(what=what, **about), progress=_progress(Screen(sys.stderr), n), max_steps=args.max_iterations, repl=args.repl, **to)
-    score.model = args.model or 'bundled model' + (', untuned' if args.untuned else f', adapter {args.adapter}' if args.adapter else '')
-    if args.json: score.save(args.json)
-    print(score)
+    to, screen = _plain_args(args), Screen(sys.stderr)
+    score = Score(model=args.model or 'bundled model' + (', untuned' if args.untuned else f', adapter {args.adapter}' if args.adapter else ''), about=dict(what=what, **about))
+    def note(row):
+        score.rows.append(row)
+        screen.say(f"{score.n}/{n} {'right' if row['right'] else 'WRONG'} {row['family']}, {row['lines']:,} lines, {row['steps']} steps, {row['time']:.1f} s: {row['answer']!r:.60} for {row['answers'][0]!r:.60}")
+    try: benchmark_tasks(make(), progress=note, max_steps=args.max_iterations, repl=args.repl, **to)
+    finally:
+        if score.n:
+            if args.json: score.save(args.json)
+            print(score)
     return 0
-
-def _progress(screen, n):
-    done = []
-    def show(row):
-        done.append(row)
-        screen.say(f"{len(done)}/{n} {'right' if row['right'] else 'WRONG'} {row['family']}, {row['lines']:,} lines, {row['steps']} steps, {row['time']:.1f} s: {row['answer']!r:.60} for {row['answers'][0]!r:.60}")
-    return show
 
 # %% ../nbs/13_cli.ipynb #30b9edff
 def _json_option(p): p.add_argument('--json', metavar='FILE', help='write the table; - is stdout')

@@ -208,6 +208,17 @@ def test_interrupt(notes):
     assert (p.returncode, out) == (130, b'')
     assert err.decode().endswith('rlm: interrupted\n') and b'Traceback' not in err
 
+def test_an_interrupted_score_keeps_what_was_measured(tmp_path):
+    with ScriptedServer('FINAL(1)', 'FINAL(2)', hang(20)) as s:
+        p = subprocess.Popen([*rlm, 'bench', 'tasks', '-n', '4', '--lines', '1000', '--json', str(tmp_path/'score.json'), *to(s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+        end = time.time() + 60
+        while len(s.requests) < 3 and time.time() < end: time.sleep(0.05)
+        time.sleep(0.2)
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=15)
+    assert p.returncode == 130 and err.decode().endswith('rlm: interrupted\n') and '| all | 2 |' in out.decode()
+    assert [row['answer'] for row in json.loads((tmp_path/'score.json').read_text())['rows']] == ['1', '2']
+
 def test_reader_gone(notes):
     with ScriptedServer(code('context'), 'FINAL(' + 'x' * 1_000_000 + ')') as s:
         p = subprocess.Popen([*rlm, 'ask', 'What?', str(notes), *to(s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
