@@ -189,7 +189,9 @@ def test_one_429_speaks_to_the_whole_batch():
     seen = []
     def answer(body):
         seen.append(time.perf_counter())
-        return error(429, 'slow down', headers={'Retry-After': '2'}) if len(seen) == 1 else message('hello')
+        if len(seen) == 1: return error(429, 'slow down', headers={'Retry-After': '2'})
+        if len(seen) == 2: time.sleep(1) # until the first has been heard
+        return message('hello')
     chat(HI, model='openai/x', mock_response='LiteLLM is loaded')
     with ScriptedServer(answer) as s: res = batch(Door(limit=2), to(s), 12)
     assert [said(r) for r in res] == ['hello']*12
