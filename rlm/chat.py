@@ -15,7 +15,6 @@ from .show import *
 from .usage import *
 from .prompts import *
 from .models import *
-from .guards import *
 from .core import *
 from .rlm import *
 from .rlm import _in_thread
@@ -42,11 +41,6 @@ def as_fenced(
 
 # %% ../nbs/13a_chat.ipynb #0283e75a
 @patch
-def tell_again(self:Run):
-    "Tell the model of the run what is true now"
-    self.messages[0] = dict(role='system', content=f'{self.prompt()}\n\n{self.repl.described}'.strip())
-
-@patch
 def use_model(self:Session,
     rlm:RLM, # the settings from now on
 ):
@@ -70,14 +64,9 @@ def use_context(self:Session,
     run.tell_again()
 
 # %% ../nbs/13a_chat.ipynb #9eb5e63a
-def _stop_calls(tree):
-    "Break off the model calls of a tree, and allow no more"
-    tree.ledger.cancel()
-    loop_thread().call_soon_threadsafe(lambda: [o.cancel() for o in list(tree.jobs)])
-
 def _stop(session, job, gentle=2):
     "Stop an answer: first its calls, then its cells"
-    if session.tree: _stop_calls(session.tree)
+    if session.tree: session.tree.stop_calls()
     try: wait([job], gentle)
     except KeyboardInterrupt: pass
     for _ in range(10):

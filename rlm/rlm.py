@@ -178,10 +178,15 @@ async def _job(self:Tree, coro):
     raise BudgetExceeded('cancelled')
 
 @patch
-def cancel(self:Tree):
-    "Stop: break off the calls under way, send no further one, end the cells"
+def stop_calls(self:Tree):
+    "Break off the calls under way, and send no further one"
     self.ledger.cancel()
     loop_thread().call_soon_threadsafe(lambda: [o.cancel() for o in list(self.jobs)])
+
+@patch
+def cancel(self:Tree):
+    "Stop: the calls, and the cells with what is in their REPLs"
+    self.stop_calls()
     for r in list(self.runs): r.repl.stop()
 
 # %% ../nbs/07_rlm.ipynb #c07a0007
@@ -528,11 +533,16 @@ def request_fitting(self:Run):
     return self.request_fitting()
 
 @patch
+def tell_again(self:Run):
+    "Tell the model of the run what is true now"
+    self.messages[0] = dict(role='system', content=f'{self.prompt()}\n\n{self.repl.described}'.strip())
+
+@patch
 def without_tools(self:Run):
     "Go on in the other protocol, and remember it of this model"
     self.rlm.toolless.add(_name(self.to['model']))
     self.fenced = True
-    self.messages[0] = dict(role='system', content=f'{self.prompt()}\n\n{self.repl.described}'.strip())
+    self.tell_again()
     self.tree.trace.add('protocol', run=self.name, depth=self.depth, step=self.steps, model=_name(self.to['model']), protocol='fenced')
 
 # %% ../nbs/07_rlm.ipynb #c07a0041
