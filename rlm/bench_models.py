@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from fastcore.basics import patch
 from .usage import *
+from .show import one_line
 from .reach import *
 from .benchmarks import machine, make_haystack, same_answer, wilson
 

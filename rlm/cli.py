@@ -7,13 +7,13 @@ __all__ = ['COMMANDS', 'ENV', 'REPLS', 'LIMITS', 'command', 'UsageError', 'model
            'rlm_of', 'name_of', 'prepare', 'watched', 'answer', 'demo', 'read_documents', 'check_repl', 'ask',
            'found_in', 'limit_of', 'chat', 'models', 'serve', 'niah', 'bench_models', 'held_out', 'bench_tasks',
            'bench_questions', 'bench_repl', 'bench_loop', 'trace_ls', 'trace_show', 'trace_diff', 'trace_html',
-           'parser', 'config_path', 'read_config', 'use_config', 'completion', 'one_line', 'main']
+           'parser', 'config_path', 'read_config', 'use_config', 'completion', 'main']
 
 # %% ../nbs/13_cli.ipynb #f289b510
 import argparse, os, sys
 from contextlib import contextmanager, nullcontext
 from . import __version__
-from .show import Screen, clean
+from .show import Screen, clean, one_line
 
 # %% ../nbs/13_cli.ipynb #1a665014
 COMMANDS = {}
@@ -734,12 +734,6 @@ def completion(
 def _expected(e):
     from rlm.usage import RLMError
     return isinstance(e, (UsageError, RLMError, OSError))
-
-def one_line(
-    e, # an error
-)->str:
-    "An error as one clean line"
-    return ' '.join(clean(e).split())
 
 def main(
     argv:list=None, # arguments; None: those of the process
